@@ -1,0 +1,1 @@
+"""What every room shares: records, errors, seeds, configuration, metrics. No torch, no Ray."""

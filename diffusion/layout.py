@@ -1,0 +1,175 @@
+"""From completions and masks to the tokens of a forward pass. Not the network, not the estimator.
+
+A block-causal completion with V masks becomes one row `[prompt ; x_0 ; x_t^1 ; ... ; x_t^V]`: all
+masks share one clean context, exactly the condition under which each block was decoded. A
+bidirectional completion becomes V rows `[prompt ; x_t]`: there nothing can be shared.
+"""
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion.attention import block_index, visibility
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One completion to score: `supervised` leading tokens count, the rest (tail) is context."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    supervised: int
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Input of one forward pass and the tokens to score in it.
+
+    input_ids, position_ids int64 [B, S]; attention_mask bool [B, 1, S, S] (True: may see);
+    select int64 [N]: flat places (row * S + column) whose hidden state predicts targets int64 [N].
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    select: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> "TokenRows":
+        """The same rows on another device."""
+        return TokenRows(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row before padding; int64 [S_row] each. `source[j]` predicts token `target[j]`."""
+
+    ids: Tensor
+    position: Tensor
+    view: Tensor
+    block: Tensor
+    source: Tensor
+    target: Tensor
+
+
+def build_rows(
+    sequences: List[Sequence],
+    masks: List[Tensor],
+    *,
+    mask_token_id: int,
+    block_size: int | None,
+    logit_shift: bool,
+) -> TokenRows:
+    """Rows that score, in every view, the supervised tokens that the view hides.
+
+    Args:
+        sequences: B completions.
+        masks: per completion bool [V, len(completion_ids)]: what each view hides.
+        block_size: None for bidirectional models.
+
+    Returns:
+        `TokenRows` with `select` ordered by completion, then view, then position.
+
+    Raises:
+        ValueError: `logit_shift` and an empty prompt: nothing stands before the first token.
+    """
+    if logit_shift and not all(sequence.prompt_ids for sequence in sequences):
+        raise ValueError("with logit_shift a completion needs at least one prompt token")
+    rows: list[_Row] = []
+    for sequence, mask in zip(sequences, masks, strict=True):
+        if block_size is None:
+            rows += [_canvas_row(sequence, view, mask_token_id, logit_shift) for view in mask]
+        else:
+            rows.append(_block_row(sequence, mask, mask_token_id, block_size, logit_shift))
+    return _pad(rows)
+
+
+def row_tokens(sequence: Sequence, views: int, block_size: int | None) -> int:
+    """Tokens that the forward pass of one completion with `views` masks costs."""
+    prompt, completion = len(sequence.prompt_ids), len(sequence.completion_ids)
+    if block_size is None:
+        return views * (prompt + completion)
+    return prompt + _clean_length(completion, block_size) + views * completion
+
+
+def _clean_length(completion: int, block_size: int) -> int:
+    """Clean tokens that some noisy block may see: all but the last block's."""
+    return (max(completion, 1) - 1) // block_size * block_size
+
+
+def _canvas_row(sequence: Sequence, mask: Tensor, mask_token_id: int, shift: bool) -> _Row:
+    prompt = len(sequence.prompt_ids)
+    completion = torch.tensor(sequence.completion_ids, dtype=torch.int64)
+    noisy = completion.masked_fill(mask, mask_token_id)
+    ids = torch.cat([torch.tensor(sequence.prompt_ids, dtype=torch.int64), noisy])
+    hidden = _supervised_hidden(mask, sequence.supervised)
+    ones = torch.ones_like(ids)
+    return _Row(
+        ids=ids,
+        position=torch.arange(len(ids)),
+        view=ones,
+        block=0 * ones,
+        source=prompt + hidden - int(shift),
+        target=completion[hidden],
+    )
+
+
+def _block_row(
+    sequence: Sequence, masks: Tensor, mask_token_id: int, block_size: int, shift: bool
+) -> _Row:
+    prompt, length = len(sequence.prompt_ids), len(sequence.completion_ids)
+    completion = torch.tensor(sequence.completion_ids, dtype=torch.int64)
+    clean = prompt + _clean_length(length, block_size)
+    views = masks.shape[0]
+    text = torch.cat([torch.tensor(sequence.prompt_ids, dtype=torch.int64), completion])
+    noisy = completion.expand(views, length).masked_fill(masks, mask_token_id)
+    noisy_position = prompt + torch.arange(length)
+    position = torch.cat([torch.arange(clean), noisy_position.repeat(views)])
+    view = torch.cat([torch.zeros(clean, dtype=torch.int64), _repeat(range(1, views + 1), length)])
+    source, target = [], []
+    for number, mask in enumerate(masks):
+        hidden = _supervised_hidden(mask, sequence.supervised)
+        place = clean + number * length + hidden
+        if shift:
+            # The first token of a block is predicted from the clean end of the block before it.
+            first = hidden % block_size == 0
+            place = torch.where(first, prompt + hidden - 1, place - 1)
+        source.append(place)
+        target.append(completion[hidden])
+    return _Row(
+        torch.cat([text[:clean], noisy.reshape(-1)]),
+        position,
+        view,
+        block_index(position, prompt, block_size),
+        torch.cat(source),
+        torch.cat(target),
+    )
+
+
+def _repeat(values: range, times: int) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64).repeat_interleave(times)
+
+
+def _supervised_hidden(mask: Tensor, supervised: int) -> Tensor:
+    return mask[:supervised].nonzero()[:, 0]
+
+
+def _pad(rows: List[_Row]) -> TokenRows:
+    """Pad on the right to the longest row. Pads see and are seen by nobody."""
+    longest = max(len(row.ids) for row in rows)
+
+    def stack(name: str) -> Tensor:
+        out = torch.zeros(len(rows), longest, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            values = getattr(row, name)
+            out[number, : len(values)] = values
+        return out
+
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    valid = torch.arange(longest) < lengths[:, None]
+    mask = visibility(stack("view"), stack("block"), None, valid)
+    select = torch.cat([number * longest + row.source for number, row in enumerate(rows)])
+    targets = torch.cat([row.target for row in rows])
+    return TokenRows(stack("ids"), stack("position"), mask[:, None], select, targets)

@@ -1,0 +1,1 @@
+"""Checkpoints, tokenizers, caches, the decoder and the training engines. DeepSpeed only here."""

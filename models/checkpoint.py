@@ -1,0 +1,103 @@
+"""Reading and writing checkpoints: a Hugging Face folder plus `diffusion.json`.
+
+Not training state (`models.engine` saves that). A saved folder loads in stock transformers with
+`AutoModelForCausalLM`, no remote code.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from common.errors import UserError
+from models.denoiser import Denoiser
+from models.spec import DiffusionSpec
+from models.tokenizer import check_tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that can denoise, with its tokenizer."""
+
+    denoiser: Denoiser
+    tokenizer: PreTrainedTokenizerFast
+    folder: Path
+
+    @property
+    def spec(self) -> DiffusionSpec:
+        """What the logits mean."""
+        return self.denoiser.spec
+
+
+def load_checkpoint(
+    folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Checkpoint:
+    """Load model, tokenizer and `diffusion.json`.
+
+    Raises:
+        UserError: no such folder, no diffusion.json, weights that do not fit config.json, or a
+            tokenizer that does not fit the model.
+    """
+    folder = Path(folder)
+    check_checkpoint(folder)
+    spec = DiffusionSpec.load(folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: cannot load the weights: {reason}") from error
+    if report["missing_keys"]:  # transformers would go on with random numbers in their place
+        names = sorted(report["missing_keys"])
+        raise UserError(
+            f"{folder}: the weights lack {names[0]} ({len(names)} missing); "
+            "they do not belong to this config.json, or were not written to the end"
+        )
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, model.config.vocab_size, spec.mask_token_id, folder)
+    return Checkpoint(Denoiser(model.to(device), spec), tokenizer, folder)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """UserError if `folder` cannot be a checkpoint; loads nothing."""
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: no config.json there; model.path must be a checkpoint folder, "
+            "for example runs/demo/stages/sft"
+        )
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    spec: DiffusionSpec,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a folder that stock transformers loads; `state` (HF names) replaces the own weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, state_dict=None if state is None else dict(state))  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+    spec.save(folder)
+
+
+def new_model(architecture: Mapping[str, object], seed: int) -> nn.Module:
+    """A freshly initialised stock model; `architecture` is a transformers config with model_type.
+
+    The seed is set in a forked generator scope: the caller's global randomness is untouched.
+    """
+    values = dict(architecture)
+    model_type = str(values.pop("model_type"))
+    config = AutoConfig.for_model(model_type, **values)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")

@@ -1,0 +1,223 @@
+"""The DeepSpeed twin of `models.engine.TorchEngine`: the only file that imports DeepSpeed.
+
+Not a configuration layer over DeepSpeed: a few fixed choices (client AdamW, no accumulation inside
+DeepSpeed, no scheduler, no printing) that make it compute what the plain twin computes, on any
+number of ranks. What each choice works around is said beside it (DeepSpeed 0.19.8).
+"""
+
+import datetime
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# Without this DeepSpeed announces its choice on stdout.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters  # noqa: E402
+
+from common.errors import UserError  # noqa: E402
+from diffusion.layout import TokenRows  # noqa: E402
+from models.engine import (  # noqa: E402
+    BUCKET_BYTES,
+    EngineConfig,
+    OptimConfig,
+    StepInfo,
+    export_name,
+    export_tensor,
+    make_optimizer,
+    prepare_module,
+    read_meta,
+    set_learning_rate,
+    split_buckets,
+    write_meta,
+)
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+TAG = "engine"
+
+
+class DeepSpeedEngine:
+    """ZeRO 0-3 over `world_size` ranks; gloo on CPUs, nccl on GPUs."""
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        engine_config: EngineConfig,
+        optim_config: OptimConfig,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = _join_ranks(rank, world_size)
+        self._config = optim_config
+        self._stage = engine_config.zero_stage
+        self._precision = engine_config.precision
+        self._schedule_step = 0
+        module = prepare_module(denoiser, engine_config).to(self.device)
+        # DeepSpeed casts buffers too, and rotary frequencies in bfloat16 lose the position.
+        buffers = {name: value.clone() for name, value in module.named_buffers()}
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=make_optimizer(module, optim_config),
+            config=_deepspeed_config(module, engine_config, optim_config),
+            dist_init_required=False,
+        )
+        for name, value in self._engine.module.named_buffers():
+            value.data = buffers[name].to(self.device)
+
+    def score(self, rows: TokenRows) -> Tensor:
+        """See `models.engine.Engine`."""
+        scores: Tensor = self._engine(rows.to(self.device))
+        return scores
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """See `models.engine.Engine`."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks and we sum.
+        self._engine.backward(loss * self.world_size)
+
+    def step(self) -> StepInfo:
+        """See `models.engine.Engine`."""
+        lr = set_learning_rate(self._engine.optimizer, self._config, self._schedule_step)
+        plain = self._stage == 0 and self._precision == "fp32"
+        norm = self._plain_grad_norm() if plain else math.nan
+        if plain and not math.isfinite(norm):
+            self._engine.zero_grad()
+            return StepInfo(norm, lr, skipped=True)
+        self._engine.step()
+        if not plain:
+            norm = float(self._engine.get_global_grad_norm())
+        skipped = not self._engine.was_step_applied()
+        self._schedule_step += not skipped
+        return StepInfo(norm, lr, skipped)
+
+    def _plain_grad_norm(self) -> float:
+        # In fp32 at stage 0 DeepSpeed neither reports the norm nor refuses one that is NaN.
+        # The gradients are already reduced, so every rank computes the same number.
+        grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return float(nn.utils.get_total_norm(grads))
+
+    def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
+        """See `models.engine.Engine`."""
+        names = sorted(values)
+        total = torch.tensor([values[name] for name in names], dtype=torch.float64)
+        total = total.to(self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return dict(zip(names, total.tolist(), strict=True))
+
+    def state_buckets(self, max_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
+        """See `models.engine.Engine`. Gathers one bucket at a time, so no rank holds two models."""
+        for bucket in split_buckets(self._engine.module.named_parameters(), max_bytes):
+            exported: dict[str, Tensor] = {}
+            # Closed before the yield: a reader that stops must not leave parameters gathered.
+            with GatheredParameters([value for _, value in bucket], enabled=self._stage == 3):
+                if self.rank == 0:
+                    exported = {export_name(name): export_tensor(value) for name, value in bucket}
+            yield exported
+
+    def save(self, folder: Path) -> None:
+        """See `models.engine.Engine`. Every rank writes its own shard."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self.rank == 0:
+            write_meta(folder, self._identity(), self._schedule_step)
+        if self.world_size > 1:
+            dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        """See `models.engine.Engine`. Call it on a fresh engine (a limit of ZeRO-3)."""
+        schedule_step = read_meta(folder, self._identity())
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if loaded is None:
+            raise UserError(f"{folder / TAG}: incomplete; resume from an earlier checkpoint")
+        self._schedule_step = schedule_step
+
+    def close(self) -> None:
+        """See `models.engine.Engine`. A lone rank keeps its group: the next engine reuses it."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "kind": "deepspeed",
+            "zero_stage": self._stage,
+            "precision": self._precision,
+            "ranks": self.world_size,
+        }
+
+
+def _join_ranks(rank: int, world_size: int) -> torch.device:
+    """Initialise torch.distributed under DeepSpeed, quietly; return this rank's device."""
+    _quieten()
+    # A private name (pinned by a test): else the first start on a CPU compiles for minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(
+            backend,
+            # One rank needs no port, so it cannot collide with another run's.
+            store=dist.HashStore() if world_size == 1 else None,
+            rank=rank,
+            world_size=world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    deepspeed.init_distributed(verbose=False)
+    if dist.get_world_size() != world_size:
+        raise UserError(
+            f"this process already belongs to {dist.get_world_size()} ranks, not {world_size}"
+        )
+    return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def _quieten() -> None:
+    """Send DeepSpeed's warnings to stderr and its chatter nowhere: stdout is for people."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        if type(handler) is logging.StreamHandler:  # DeepSpeed's own, not a test runner's
+            handler.setStream(sys.stderr)
+    # DeepSpeed calls collectives by names that torch renames, once per bucket and step.
+    renamed = r"`torch\.distributed\..*` is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+
+
+def _deepspeed_config(
+    module: nn.Module, engine_config: EngineConfig, optim_config: OptimConfig
+) -> dict[str, Any]:
+    elements = sum(value.numel() for value in module.parameters())
+    # DeepSpeed's default buckets of 5e8 elements would cost a small model gigabytes.
+    bucket = max(1, min(elements, 200_000_000))
+    config: dict[str, Any] = {
+        # Placeholders: micro-batches vary in size and number, the caller marks the last one.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim_config.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": engine_config.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+    }
+    if engine_config.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        if engine_config.zero_stage > 0:
+            # Stage 0 supports bfloat16 sums only.
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config

@@ -1,0 +1,1 @@
+"""Makes the model: AR, block-diffusion continual pretraining, SFT."""

@@ -1,0 +1,225 @@
+"""Pretraining, stage after stage: `python -m pretrain.train --config F a.b=c`, or `unmask pretrain`.
+
+Files and order only; what a stage does is `pretrain.stages`. Under torchrun or deepspeed the
+ranks share the rows (RANK, WORLD_SIZE); alone it is one process.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from common.config import dump_config, load_config
+from common.errors import UserError
+from common.metrics import Metrics, MetricsConfig, Sink, open_metrics
+from common.progress import Progress, SilentProgress, open_progress
+from common.seeding import derive_seed
+from models.checkpoint import load_checkpoint, new_model, save_checkpoint
+from models.denoiser import Denoiser
+from models.engine import Engine, make_engine
+from models.tokenizer import train_tokenizer
+from pretrain.config import PretrainConfig
+from pretrain.data import Example, RowStream, encode_examples
+from pretrain.sources import load_examples
+from pretrain.stages import StageResult, StageSection, run_stage
+
+STAGE_FILE = "stage.json"
+
+
+def stage_folder(run_folder: Path, stage: str) -> Path:
+    """Where a finished stage's checkpoint lies."""
+    return run_folder / "stages" / stage
+
+
+def run_pretraining(config: PretrainConfig, sink: Sink, progress: Progress) -> list[Path]:
+    """Run every stage that is not finished yet; returns the stages' checkpoint folders.
+
+    A stage is reused if its folder was written by the same settings (its own and those of the
+    stages before it) and seed. All data is read and tokenized before the first step.
+
+    Raises:
+        UserError: bad data or settings, before anything is written.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    _check_ranks(config, world)
+    examples = {s.name: load_examples(s.data, s.count, config.run.seed) for s in config.stages}
+    tokenizer, start = _tokenizer_and_start(config, examples)
+    streams = {s.name: _stream(s, examples[s.name], tokenizer, config.run.seed) for s in config.stages}
+    folders, previous = [], start
+    for number, stage in enumerate(config.stages):
+        folder = stage_folder(config.run.folder, stage.name)
+        mark = _fingerprint(config, number)
+        if config.resume == "auto" and _finished(folder, mark):
+            progress.say(f"stage {stage.name}: finished before, reused ({folder})")
+        else:
+            model = _start_model(config, previous, tokenizer)
+            job = _StageJob(stage, config, model, tokenizer, folder, mark)
+            job.run(streams[stage.name], sink, progress, rank, world)
+        folders.append(folder)
+        previous = folder
+    return folders
+
+
+class _StageJob:
+    """One stage with what it needs to be trained and written."""
+
+    def __init__(
+        self,
+        stage: StageSection,
+        config: PretrainConfig,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerFast,
+        folder: Path,
+        fingerprint: str,
+    ) -> None:
+        self.stage, self.config, self.model = stage, config, model
+        self.tokenizer, self.folder, self.fingerprint = tokenizer, folder, fingerprint
+        self.spec = stage.spec(int(tokenizer.mask_token_id))
+
+    def run(
+        self, stream: RowStream, sink: Sink, progress: Progress, rank: int, world: int
+    ) -> StageResult:
+        """Train, then write the checkpoint under a temporary name and rename it."""
+        stage = self.stage
+        denoiser = Denoiser(self.model, self.spec)
+        optim = stage.optim.for_steps(stage.steps)
+        engine = make_engine(denoiser, self.config.engine, optim, rank, world)
+        progress.stage(stage.name, stage.steps)
+
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            sink.log(metrics, step=step + 1, stage=stage.name)
+            progress.update(step + 1, loss=metrics["pretrain/loss"])
+
+        seed = derive_seed(self.config.run.seed, "stage", stage.name)
+        result = run_stage(stage, engine, stream, self.spec.mask_token_id, seed, on_step)
+        state = _gather(engine)
+        engine.close()
+        if rank == 0:
+            self._write(state, result)
+        return result
+
+    def _write(self, state: dict[str, Tensor], result: StageResult) -> None:
+        partial = self.folder.with_name(f".{self.folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        save_checkpoint(partial, self.model, self.tokenizer, self.spec, state)
+        record = {"stage": self.stage.name, "fingerprint": self.fingerprint, **asdict(result)}
+        (partial / STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        partial.rename(self.folder)
+
+
+def _check_ranks(config: PretrainConfig, world: int) -> None:
+    for stage in config.stages:
+        micro_batches = stage.rows_per_step // stage.rows_per_micro_batch
+        if micro_batches % world:
+            raise UserError(
+                f"stages.{stage.name}: {micro_batches} micro-batches a step do not divide among "
+                f"{world} ranks; change rows_per_step or rows_per_micro_batch"
+            )
+
+
+def _tokenizer_and_start(
+    config: PretrainConfig, examples: dict[str, list[Example]]
+) -> tuple[PreTrainedTokenizerFast, Path | None]:
+    if config.start is not None:
+        return load_checkpoint(config.start).tokenizer, config.start
+    texts = (f"{e.prompt}\n{e.text}" for stage in config.stages for e in examples[stage.name])
+    return train_tokenizer(texts, config.tokenizer.vocab_size), None
+
+
+def _stream(
+    stage: StageSection, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, seed: int
+) -> RowStream:
+    block_size = stage.block_size if stage.objective == "block" else 1
+    try:
+        documents = encode_examples(examples, tokenizer, block_size, stage.row_length, seed)
+    except UserError as error:
+        raise UserError(f"stages.{stage.name} ({stage.data}): {error}") from error
+    rows = (stage.row_length, block_size, stage.rows_per_step)
+    return RowStream(documents, *rows, derive_seed(seed, "rows", stage.name))
+
+
+def _start_model(
+    config: PretrainConfig, previous: Path | None, tokenizer: PreTrainedTokenizerFast
+) -> nn.Module:
+    if previous is not None:
+        return load_checkpoint(previous).denoiser.model
+    architecture = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        **config.architecture,
+    }
+    return new_model(architecture, derive_seed(config.run.seed, "init") % 2**31)
+
+
+def _gather(engine: Engine) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for bucket in engine.state_buckets():
+        state |= bucket
+    return state
+
+
+def _fingerprint(config: PretrainConfig, number: int) -> str:
+    """Names everything that a stage's weights depend on."""
+    values = config.model_dump(mode="json")
+    kept = {key: values[key] for key in ("architecture", "start", "tokenizer", "engine")}
+    # The tokenizer is trained on the text of all stages, so their data belongs to it.
+    data = [(s["data"], s["count"]) for s in values["stages"]]
+    text = json.dumps([kept, values["run"]["seed"], values["stages"][: number + 1], data])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _finished(folder: Path, fingerprint: str) -> bool:
+    record = folder / STAGE_FILE
+    return record.is_file() and json.loads(record.read_text())["fingerprint"] == fingerprint
+
+
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c, any key of the file")] = None,
+    config: Annotated[Path, typer.Option(help="YAML file")] = Path("configs/pretrain/tiny_cpu.yaml"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved config")] = False,
+) -> None:
+    """Make a model: AR, then block diffusion, then SFT.
+
+    Example: unmask pretrain --config configs/pretrain/tiny_cpu.yaml run.seed=1
+    """
+    try:
+        settings = load_config(PretrainConfig, config, overrides or [])
+        if dry_run:
+            sys.stdout.write(dump_config(settings))
+            return
+        _run(settings)
+    except UserError as error:
+        typer.echo(f"unmask: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _run(config: PretrainConfig) -> None:
+    if int(os.environ.get("RANK", "0")) != 0:
+        run_pretraining(config, Metrics([]), SilentProgress())
+        return
+    folder = config.run.folder
+    with (
+        open_progress() as progress,
+        open_metrics(folder, config.metrics, progress.say, config.model_dump(mode="json")) as sink,
+    ):
+        for stage in run_pretraining(config, sink, progress):
+            progress.say(str(stage))
+
+
+if __name__ == "__main__":
+    typer.run(main)

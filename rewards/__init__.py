@@ -1,0 +1,4 @@
+"""Completion text to numbers. No torch, no Ray.
+
+Start with `rewards.compose.Rewarder`.
+"""

@@ -1,0 +1,1 @@
+"""The algorithm: advantage, batch, loss, update, checkpoint, loop, evaluation, entry point."""

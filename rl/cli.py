@@ -1,0 +1,196 @@
+"""The command `unmask`. Options and help only: each command imports its room when it is called.
+
+So `unmask --help` answers at once, without torch. Exit codes: 0, 2 for bad input, 3 for a broken
+machine, 130 for Ctrl-C; `doctor` exits 1 if a line fails.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.errors import UserError
+from common.exits import exit_codes
+
+app = typer.Typer(
+    name="unmask",
+    help="RL post-training for code diffusion language models, on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+problems_app = typer.Typer(help="The embedded problem set.", no_args_is_help=True)
+app.add_typer(problems_app, name="problems")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="a.b=c", help="any key of the config")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="check and print the resolved config, start nothing")
+]
+RL_CONFIG = Path("configs/rl/tiny_cpu.yaml")
+
+
+def example(*lines: str) -> str:
+    """The epilogue of a help page. Backslashes keep the lines apart."""
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{line}[/cyan]" for line in lines)
+
+
+@app.command(
+    epilog=example(
+        "unmask pretrain --config configs/pretrain/tiny_cpu.yaml",
+        "unmask pretrain run.seed=1 run.folder=runs/mine",
+    )
+)
+def pretrain(
+    overrides: Overrides = None,
+    config: Annotated[Path, typer.Option(help="YAML file")] = Path(
+        "configs/pretrain/tiny_cpu.yaml"
+    ),
+    dry_run: DryRun = False,
+) -> None:
+    """Make a model: AR, then block diffusion, then SFT. Finished stages are reused."""
+    from pretrain.train import main as run
+
+    with exit_codes("interrupted; the same command goes on from the last finished stage"):
+        run(overrides=overrides, config=config, dry_run=dry_run)
+
+
+@app.command(
+    epilog=example(
+        "unmask train --config configs/rl/tiny_cpu.yaml train.steps=100",
+        "unmask train --config configs/rl/diffucoder_7b.yaml --dry-run",
+        "unmask train --address 10.0.0.1:6379 run.name=mine",
+    )
+)
+def train(
+    overrides: Overrides = None,
+    config: Annotated[Path, typer.Option(help="YAML file")] = RL_CONFIG,
+    address: Annotated[
+        str | None, typer.Option(help="join this Ray cluster, host:port (or set RAY_ADDRESS)")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a denoiser with coupled-GRPO. The same command again resumes."""
+    from rl.train import main as run
+
+    with exit_codes("interrupted; the same command goes on from the last save"):
+        run(overrides=overrides, config=config, address=address, dry_run=dry_run)
+
+
+@app.command(
+    epilog=example(
+        "unmask evaluate runs/demo/rl/hf --samples 4",
+        "unmask evaluate runs/demo/stages/sft --run runs/demo --stage sft",
+        "unmask evaluate my_model data.test=problems.jsonl rollout.decoding.gen_length=256",
+    )
+)
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="checkpoint folder (with diffusion.json)")],
+    overrides: Overrides = None,
+    config: Annotated[
+        Path, typer.Option(help="RL config: its test data, reward and decoding are used")
+    ] = RL_CONFIG,
+    samples: Annotated[int, typer.Option(min=0, help="sampled completions per problem")] = 0,
+    k: Annotated[list[int] | None, typer.Option("-k", help="pass@k, needs k samples")] = None,
+    seed: Annotated[int, typer.Option(help="of the completions")] = 0,
+    run: Annotated[Path | None, typer.Option(help="add the result to this run's report")] = None,
+    stage: Annotated[str, typer.Option(help="the result's name in the report")] = "rl",
+) -> None:
+    """pass@1 of a checkpoint on held-out problems: greedy, and sampled with --samples."""
+    from rl.commands import evaluate_model
+
+    with exit_codes():
+        evaluate_model(model, config, overrides or [], samples, k or [], seed, run, stage)
+
+
+@app.command(
+    epilog=example(
+        'unmask generate runs/demo/rl/hf "keep the even numbers, then sum"',
+        "unmask generate runs/demo/rl/hf --problem 3 --play",
+    )
+)
+def generate(
+    model: Annotated[Path, typer.Argument(help="checkpoint folder (with diffusion.json)")],
+    prompt: Annotated[str | None, typer.Argument(help="text; or give --problem")] = None,
+    problem: Annotated[
+        int | None, typer.Option(min=0, help="this problem of the embedded test split")
+    ] = None,
+    gen_length: Annotated[int, typer.Option(min=1, help="most tokens to generate")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
+    samples: Annotated[int, typer.Option(min=1, help="how many completions")] = 1,
+    seed: Annotated[int, typer.Option(help="of the completions")] = 0,
+    play: Annotated[bool, typer.Option("--play", help="show the unmasking step by step")] = False,
+) -> None:
+    """Complete a prompt, coloured by the order in which tokens were unmasked."""
+    from rl.commands import GenerateOptions, generate_text
+
+    with exit_codes():
+        if (prompt is None) == (problem is None):
+            raise UserError("generate: give either a prompt or --problem N")
+        options = GenerateOptions(gen_length, temperature, samples, seed, play)
+        generate_text(model, prompt, problem, options)
+
+
+@app.command(epilog=example("unmask report", "unmask report runs/mine"))
+def report(
+    run: Annotated[Path, typer.Argument(help="run folder, finished or not")] = Path("runs/demo"),
+) -> None:
+    """Write report.html and report.json of a run, and print its table."""
+    from rich.console import Console
+
+    from rl.report import stage_table, write_report
+
+    console = Console()
+    with exit_codes():
+        values = write_report(run)
+        console.print(stage_table(values))
+        console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog=example("unmask doctor"))
+def doctor() -> None:
+    """What this machine has and lacks, with a remedy for each failing line."""
+    from rich.console import Console
+
+    from rl.doctor import examine, show
+
+    with exit_codes():
+        raise typer.Exit(show(examine(), Console()))
+
+
+@problems_app.command(
+    epilog=example(
+        "unmask problems export test.jsonl",
+        "unmask problems export sft.jsonl --split sft --count 5000 --seed 1",
+    )
+)
+def export(
+    path: Annotated[Path, typer.Argument(help="JSONL file to write")],
+    split: Annotated[str, typer.Option(help="pretrain, sft, rl or test")] = "test",
+    count: Annotated[int, typer.Option(min=1, help="how many records")] = 320,
+    seed: Annotated[int, typer.Option(help="draws constants, wordings and inputs")] = 0,
+) -> None:
+    """Write a split of the embedded problem set as JSONL, the format that `data.train` reads."""
+    from rl.commands import export_problems
+
+    with exit_codes():
+        export_problems(split, path, seed, count)
+
+
+@problems_app.callback()
+def _problems() -> None:
+    """The embedded problem set: generated from a seed, nothing to download."""
+
+
+def main() -> None:
+    """The console script."""
+    # Ours says how far it is; a bar per loaded file would tear it.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""What `unmask evaluate`, `generate` and `problems export` do. Their options are in `rl.cli`."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from common.errors import UserError
+from common.progress import open_progress
+from common.records import Completion, Problem
+from common.seeding import derive_seed
+from models.checkpoint import load_checkpoint, load_tokenizer
+from models.decoding import Decoder, DecodingConfig, Request
+from models.tokenizer import encode_prompt
+from rl.config import load_train_config
+from rl.data import EMBEDDED, load_problems
+from rl.evaluate import evaluate_checkpoint
+from rl.problems.export import export_split
+from rl.problems.splits import SplitName
+from rl.report import percent
+from rl.results import prompt_text, summarise, write_result
+
+MASK = "░"
+FRAMES_PER_S = 20
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How `unmask generate` decodes and shows."""
+
+    gen_length: int
+    temperature: float
+    samples: int
+    seed: int
+    play: bool
+
+
+def evaluate_model(
+    model: Path,
+    config: Path,
+    overrides: Sequence[str],
+    samples: int,
+    ks: Sequence[int],
+    seed: int,
+    run: Path | None,
+    stage: str,
+) -> None:
+    """Evaluate a checkpoint, print its line and, with `run`, keep it for that run's report."""
+    settings = load_train_config(config, [*overrides, f"model.path={model}"])
+    data = settings.data
+    if data.test.startswith(EMBEDDED):
+        problems = load_problems(data.test, seed=data.seed, count=data.test_count)
+    else:
+        problems = load_problems(data.test, limit=data.test_count)
+    # The checkpoint's own block size: the config may be for another stage.
+    decoding = replace(settings.rollout.decoding, block_size=None, steps_per_block=None)
+    began = time.monotonic()
+    with open_progress() as progress:
+        progress.stage("evaluate", len(problems) * (1 + samples))
+        evaluation = evaluate_checkpoint(
+            model,
+            problems,
+            decoding,
+            settings.reward,
+            samples=samples,
+            ks=ks,
+            seed=seed,
+            prompt_limit=data.prompt_limit,
+            on_progress=lambda done, _: progress.update(done),
+        )
+    result = summarise(
+        evaluation,
+        load_tokenizer(model),
+        stage=stage,
+        checkpoint=model,
+        temperature=decoding.temperature,
+        samples_per_problem=samples,
+        seconds=0.0,
+        evaluate_seconds=time.monotonic() - began,
+        seed=seed,
+    )
+    greedy = result.greedy
+    interval = f"95 % {percent(greedy.low)} .. {percent(greedy.high)}"
+    print(f"greedy pass@1  {percent(greedy.value)}  ({interval}, n = {greedy.n})")
+    if result.sampled is not None:
+        print(f"sampled pass@1 {percent(result.sampled.value)}  (temperature {result.temperature})")
+    for k, value in result.pass_at_k.items():
+        print(f"sampled pass@{k} {percent(value)}")
+    if result.dropped:
+        print(f"{result.dropped} completions could not be judged and are left out")
+    if run is not None:
+        print(f"kept in {write_result(run, result)}; `unmask report {run}` shows it")
+
+
+def generate_text(
+    model: Path, prompt: str | None, problem: int | None, options: GenerateOptions
+) -> None:
+    """Print completions of a prompt, coloured by the order of unmasking."""
+    task = _task(prompt, problem)
+    loaded = load_checkpoint(model)
+    prompt_ids = encode_prompt(loaded.tokenizer, task.prompt)
+    block = loaded.denoiser.spec.block_size or 1
+    length = -(-options.gen_length // block) * block
+    config = DecodingConfig(gen_length=length, temperature=options.temperature)
+    requests = [
+        Request(prompt_ids, derive_seed(options.seed, task.problem_id, index))
+        for index in range(options.samples)
+    ]
+    completions = Decoder(loaded.denoiser, loaded.tokenizer).decode(requests, config)
+    console = Console()
+    console.print(prompt_text(task), style="dim", markup=False, highlight=False)
+    for completion in completions:
+        ids = [i for i in completion.token_ids if i != loaded.tokenizer.eos_token_id]
+        pieces = [str(loaded.tokenizer.decode([token])) for token in ids]
+        if options.play and console.is_terminal:
+            _play(console, pieces, completion)
+        else:
+            console.print(coloured(pieces, completion.step_map))
+
+
+def coloured(pieces: Sequence[str], steps: Sequence[int], now: int | None = None) -> Text:
+    """Tokens from blue (first) to orange (last); those later than step `now` are still masked."""
+    last = max(steps[: len(pieces)], default=0) or 1
+    text = Text()
+    for piece, step in zip(pieces, steps, strict=False):
+        share = step / last
+        colour = "#" + "".join(
+            f"{round(a + (b - a) * share):02x}"
+            for a, b in zip((91, 155, 236), (240, 131, 79), strict=True)
+        )
+        masked = now is not None and step > now
+        text.append(MASK if masked else piece, style="dim" if masked else colour)
+    return text
+
+
+def export_problems(split: str, path: Path, seed: int, count: int) -> None:
+    """Write a split as JSONL. Raises UserError for a split that is none."""
+    names: dict[str, SplitName] = {name: name for name in get_args(SplitName)}
+    if split not in names:
+        raise UserError(f"--split {split}: no such split; choose one of {', '.join(names)}")
+    written = export_split(names[split], path, seed, count)
+    print(f"{path}: {written} records of {split}")
+
+
+def _task(prompt: str | None, problem: int | None) -> Problem:
+    if problem is None:
+        return Problem(problem_id="prompt", prompt=prompt or "")
+    return load_problems(f"{EMBEDDED}test", seed=0, count=problem + 1)[problem]
+
+
+def _play(console: Console, pieces: Sequence[str], completion: Completion) -> None:
+    steps = completion.step_map
+    with Live(console=console, refresh_per_second=FRAMES_PER_S) as live:
+        for now in range(max(steps[: len(pieces)], default=0) + 1):
+            live.update(coloured(pieces, steps, now))
+            time.sleep(1 / FRAMES_PER_S)

@@ -1,0 +1,242 @@
+"""The configuration of `unmask train`: every room's section under one roof. Not their defaults.
+
+Each section is declared by the module that needs it; what is left here is what two rooms share
+(run, data, cluster) and the combinations that no single section can see are impossible.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, model_validator
+
+from common.config import Section, load_config
+from common.errors import UserError
+from common.metrics import MetricsConfig
+from models.decoding import DecodingConfig
+from models.engine import EngineConfig, OptimConfig
+from rewards.compose import RewardConfig
+from rl.update import AlgorithmConfig
+
+
+class RunConfig(Section):
+    """Which run.
+
+    folder: where checkpoints, logs and metrics go; None is runs/<name>.
+    resume: auto (go on if there is a checkpoint), never, or a path.
+    """
+
+    name: str
+    folder: str | None = None
+    seed: int = 0
+    resume: str = "auto"
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return Path("runs") / self.name if self.folder is None else Path(self.folder)
+
+
+class ModelConfig(Section):
+    """The checkpoint to start from: a Hugging Face folder with `diffusion.json`."""
+
+    path: str
+
+
+class DataConfig(Section):
+    """Sources of problems (`rl.data.load_problems`): embedded splits, files, or Hub names.
+
+    train_count, test_count: take the first so many; None takes all there are (the embedded
+    splits need a number). prompt_limit: longest prompt in tokens; a longer one is an error.
+    seed: of embedded splits and of the order.
+    """
+
+    train: str
+    test: str
+    train_count: int | None = Field(default=None, ge=1)
+    test_count: int | None = Field(default=None, ge=1)
+    prompt_limit: int = Field(default=200, ge=1)
+    seed: int = 0
+
+
+class RolloutConfig(Section):
+    """`prompts_per_step` groups of `group_size` completions make one batch."""
+
+    group_size: int = Field(ge=1)
+    prompts_per_step: int = Field(ge=1)
+    decoding: DecodingConfig
+
+
+class PoolConfig(Section):
+    """A pool of like workers: between `min` and `max` of them, each with these resources."""
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=1, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    threads: int = Field(default=1, ge=1)
+
+
+class LearnerConfig(Section):
+    """The gang of learner ranks, each with these resources."""
+
+    ranks: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=1, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    threads: int = Field(default=1, ge=1)
+
+
+class ClusterConfig(Section):
+    """Where the workers live. `local`: all in this process; `ray`: actors.
+
+    address: of a running Ray cluster; None uses RAY_ADDRESS, or starts one here.
+    timeout_s: longest wait for any one answer of a worker.
+    """
+
+    kind: Literal["local", "ray"] = "local"
+    address: str | None = None
+    rollout: PoolConfig = PoolConfig()
+    reward: PoolConfig = PoolConfig()
+    learner: LearnerConfig = LearnerConfig()
+    timeout_s: float = Field(default=600.0, gt=0)
+
+
+class ScheduleConfig(Section):
+    """How long, and what in between. `save_every` 0: at the end only; `eval_every` 0: never."""
+
+    steps: int = Field(ge=1)
+    save_every: int = Field(default=50, ge=0)
+    eval_every: int = Field(default=0, ge=0)
+    eval_at_start: bool = False
+    keep_last_n: int = Field(default=2, ge=1)
+
+
+class TrainConfig(Section):
+    """All of `unmask train`.
+
+    `optim.total_steps`, where the file leaves it out, is train.steps * algorithm.num_iterations.
+    """
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optim: OptimConfig
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    train: ScheduleConfig
+    metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> "TrainConfig":
+        for impossible, text in _impossible(self):
+            if impossible:
+                # Not a ValueError: pydantic would wrap it and print the whole configuration.
+                raise UserError(text)
+        return self
+
+
+def _impossible(config: TrainConfig) -> list[tuple[bool, str]]:
+    """Combinations that cannot work, each with the line that says so."""
+    decoding, algorithm = config.rollout.decoding, config.algorithm
+    estimator, cluster = algorithm.estimator, config.cluster
+    block = decoding.block_size
+    return [
+        (
+            config.rollout.group_size < 2,
+            f"rollout.group_size={config.rollout.group_size}: an advantage compares completions of "
+            "one prompt; use at least 2",
+        ),
+        (
+            decoding.temperature <= 0,
+            f"rollout.decoding.temperature={decoding.temperature:g} makes the completions of a "
+            "group equal, so nothing is learned; use a temperature above 0",
+        ),
+        (
+            decoding.gen_length % (block or 1) != 0,
+            f"rollout.decoding.gen_length={decoding.gen_length} is not a multiple of "
+            f"rollout.decoding.block_size={block}",
+        ),
+        (
+            block is not None and (decoding.steps_per_block or 1) > block,
+            f"rollout.decoding.steps_per_block={decoding.steps_per_block} exceeds "
+            f"rollout.decoding.block_size={block}: a step fixes at least one token",
+        ),
+        (
+            estimator.num_pairs == 0 and estimator.mode == "parity",
+            "algorithm.estimator.mode=parity weighs coupled pairs, but "
+            "algorithm.estimator.num_pairs=0 has none; use num_pairs=1 or mode=normalised",
+        ),
+        (
+            algorithm.reference_refresh_steps > 0 and algorithm.beta == 0,
+            f"algorithm.reference_refresh_steps={algorithm.reference_refresh_steps} has no "
+            "reference to refresh while algorithm.beta=0; set it to 0",
+        ),
+        (
+            cluster.kind == "local" and cluster.learner.ranks > 1,
+            f"cluster.learner.ranks={cluster.learner.ranks} needs processes of its own; set "
+            "cluster.kind=ray",
+        ),
+        (
+            cluster.kind == "local" and cluster.address is not None,
+            f"cluster.address={cluster.address} names a Ray cluster, but cluster.kind=local; set "
+            "cluster.kind=ray",
+        ),
+        (
+            config.engine.kind == "torch" and cluster.learner.ranks > 1,
+            f"engine.kind=torch runs on 1 rank, not cluster.learner.ranks={cluster.learner.ranks}; "
+            "set engine.kind=deepspeed",
+        ),
+        *_impossible_pools(cluster),
+    ]
+
+
+def _impossible_pools(cluster: ClusterConfig) -> list[tuple[bool, str]]:
+    pools = {"rollout": cluster.rollout, "reward": cluster.reward}
+    return [
+        (
+            pool.min > pool.max,
+            f"cluster.{name}.min={pool.min} exceeds cluster.{name}.max={pool.max}",
+        )
+        for name, pool in pools.items()
+    ]
+
+
+def load_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read, complete and check a training configuration.
+
+    Raises:
+        UserError: one line that names the file and the key.
+    """
+    try:
+        return load_config(TrainConfig, path, [*_planned_steps(path, overrides), *overrides])
+    except UserError as error:
+        known = str(error).startswith((str(path), "override"))
+        raise error if known else UserError(f"{path}: {error}") from error
+
+
+def _planned_steps(path: Path, overrides: Sequence[str]) -> list[str]:
+    """`optim.total_steps` as an override, unless the user gave it or the numbers are missing.
+
+    Nothing is reported here: `load_config` reads the same file and says what is wrong with it.
+    """
+    try:
+        values = OmegaConf.load(path)
+        for override in overrides:
+            key, _, text = override.partition("=")
+            OmegaConf.update(values, key, yaml.safe_load(text), force_add=True)
+        steps = OmegaConf.select(values, "train.steps")
+        given = OmegaConf.select(values, "optim.total_steps")
+        iterations = OmegaConf.select(values, "algorithm.num_iterations")
+    except (OSError, ValueError, TypeError, IndexError, yaml.YAMLError, OmegaConfBaseException):
+        return []
+    if iterations is None:
+        iterations = AlgorithmConfig().num_iterations
+    if given is not None or not isinstance(steps, int) or not isinstance(iterations, int):
+        return []
+    return [f"optim.total_steps={max(steps * iterations, 1)}"]

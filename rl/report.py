@@ -1,0 +1,303 @@
+"""`report.html` and `report.json` of a run folder, finished or not. Measures nothing itself.
+
+Everything shown was written by others: `metrics.jsonl` (curves), `evaluations/*.json`
+(`rl.results`), `pipeline.json` (seconds and memory of `rl.demo`), `config.yaml`. The page is one
+file without scripts or links to elsewhere, and says what is missing.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from rich.table import Table
+
+from common.errors import UserError
+from common.metrics import METRICS_FILE, read_metrics, series
+from rl.evaluate import Estimate
+from rl.figures import FigureBlock, figures
+from rl.results import StageResult, paired, read_results
+
+PIPELINE_FILE = "pipeline.json"
+PIPELINE = ("ar", "block", "sft", "rl")
+STAGE_WORDS = {
+    "ar": "next-token pretraining",
+    "block": "adapted to block diffusion",
+    "sft": "fine-tuned on pairs",
+    "rl": "coupled-GRPO",
+}
+REWARD = "reward/mean"
+NOT_RUN = "not run yet"
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run folder says about itself."""
+
+    folder: Path
+    records: list[dict[str, Any]]
+    results: dict[str, StageResult]
+    pipeline: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def stages(self) -> list[str]:
+        """Evaluated stages and those expected of a pipeline, in the order they are run."""
+        expected = self.pipeline.get("stages") or (PIPELINE if self.results else ())
+        found = [name for name in self.results if name not in expected]
+        return [*expected, *found]
+
+
+def read_run(folder: Path) -> Run:
+    """Raises UserError if `folder` is no run folder, or one of its files is damaged."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder; `unmask train` and `make demo` make them")
+    config_file, pipeline_file = folder / "config.yaml", folder / PIPELINE_FILE
+    try:
+        config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
+        pipeline = json.loads(pipeline_file.read_text()) if pipeline_file.is_file() else {}
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        first = " ".join(str(error).split())
+        raise UserError(f"{folder}: config.yaml or {PIPELINE_FILE} is damaged: {first}") from error
+    records, results = read_metrics(folder / METRICS_FILE), read_results(folder)
+    if not records and not results:
+        raise UserError(
+            f"{folder}: neither {METRICS_FILE} nor evaluations/ there; is it a run folder?"
+        )
+    return Run(folder, records, results, pipeline, config or {})
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """The contents of `report.json`. Stages without an evaluation are named in `missing`."""
+    done = [name for name in run.stages if name in run.results]
+    reward = series(run.records, "rl", REWARD)
+    seed = run.pipeline.get("seed", run.config.get("run", {}).get("seed"))
+    values = {
+        "stages": {name: _stage_row(run.results[name]) for name in done},
+        "rl_minus_sft": _difference(run),
+        "reward": list(reward.values()),
+        "seconds_total": run.pipeline.get("seconds_total", _span(run.records)),
+        "peak_rss_gib": run.pipeline.get("peak_rss_gib"),
+        "seed": seed,
+        "missing": [name for name in run.stages if name not in run.results],
+        "seconds": run.pipeline.get("seconds", {}),
+        "memory_is": run.pipeline.get("memory_is"),
+        "evaluations": _evaluations(run.records),
+    }
+    return _plain(values)
+
+
+def write_report(folder: Path) -> dict[str, Any]:
+    """Write `report.html` and `report.json` into a run folder; returns the latter's contents.
+
+    Raises:
+        UserError: no run folder, or a damaged file in it.
+    """
+    run = read_run(folder)
+    values = summary(run)
+    _write(folder / "report.json", json.dumps(values, indent=2) + "\n")
+    _write(folder / "report.html", render(run, values))
+    return values
+
+
+def render(run: Run, values: Mapping[str, Any]) -> str:
+    """The page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"percent": percent, "clock": clock}
+    last = _last_with_samples(run)
+    return environment.get_template("report.html.j2").render(
+        name=run.folder.resolve().name,
+        values=values,
+        stages=[_stage_view(run, name) for name in run.stages],
+        sections=_sections(run.records),
+        facts=_facts(run, values),
+        samples=[_sample_view(sample) for sample in last.samples] if last else [],
+        samples_of=last.stage if last else None,
+        config=yaml.safe_dump(run.config, sort_keys=False) if run.config else None,
+        verdicts=_verdicts(run),
+    )
+
+
+def stage_table(values: Mapping[str, Any]) -> Table:
+    """`report.json`'s stage table for the console."""
+    table = Table(title=None, header_style="bold")
+    table.add_column("stage")
+    for head in ("greedy pass@1", "95 % interval", "sampled", "problems", "training"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, row in values["stages"].items():
+        low, high = row["ci95"]
+        table.add_row(
+            name,
+            percent(row["pass@1"]),
+            f"{100 * low:.1f} .. {100 * high:.1f}",
+            percent(row["pass@1_sampled"]),
+            str(row["n"]),
+            clock(row["seconds"]),
+        )
+    for name in values["missing"]:
+        table.add_row(name, NOT_RUN, "", "", "", "", style="dim")
+    difference = values["rl_minus_sft"]
+    if difference:
+        low, high = difference["ci95"]
+        points = f"{100 * difference['difference']:+.1f} points"
+        table.add_section()
+        table.add_row(
+            "rl - sft", points, f"{100 * low:+.1f} .. {100 * high:+.1f}", "", "paired", ""
+        )
+    return table
+
+
+def percent(value: float | None) -> str:
+    """0.123 -> "12.3 %"; a dash for None."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as h:mm:ss or m:ss; a dash for None."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _stage_row(result: StageResult) -> dict[str, Any]:
+    sampled = result.sampled
+    return {
+        "pass@1": result.greedy.value,
+        "pass@1_sampled": sampled.value if sampled else None,
+        "ci95": [result.greedy.low, result.greedy.high],
+        "n": result.greedy.n,
+        "seconds": result.seconds,
+        "ci95_sampled": [sampled.low, sampled.high] if sampled else None,
+        "samples_per_problem": result.samples_per_problem,
+        "temperature": result.temperature,
+        "pass_at_k": dict(result.pass_at_k),
+        "dropped": result.dropped,
+        "evaluate_seconds": result.evaluate_seconds,
+    }
+
+
+def _difference(run: Run) -> dict[str, Any] | None:
+    if "rl" not in run.results or "sft" not in run.results:
+        return None
+    estimate = paired(run.results["sft"], run.results["rl"])
+    if estimate is None:
+        return None
+    return {
+        "difference": estimate.value,
+        "ci95": [estimate.low, estimate.high],
+        "n": estimate.n,
+    }
+
+
+def _evaluations(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """pass@1 as it was measured while RL trained, one entry per evaluation."""
+    found = series(records, "rl", "eval/pass@1")
+    lows, highs = (series(records, "rl", f"eval/pass@1_{end}") for end in ("low", "high"))
+    return [
+        {"step": step, "pass@1": value, "ci95": [lows.get(step), highs.get(step)]}
+        for step, value in found.items()
+    ]
+
+
+def _span(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds from the first record to the last: an unfinished or RL-only run has no better."""
+    times = [record["time"] for record in records if "time" in record]
+    return round(max(times) - min(times), 1) if times else None
+
+
+def _stage_view(run: Run, name: str) -> dict[str, Any]:
+    """One line of the stage table; `result` is None where the stage is missing."""
+    return {
+        "name": name,
+        "words": STAGE_WORDS.get(name, ""),
+        "result": run.results.get(name),
+        "trained": any(record.get("stage") == name for record in run.records),
+    }
+
+
+def _facts(run: Run, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The large numbers at the top, those that are known."""
+    seconds, memory = values["seconds_total"], values["peak_rss_gib"]
+    rewards = values["reward"]
+    facts: list[tuple[str, str | None]] = [
+        ("RL steps", str(len(rewards)) if rewards else None),
+        ("wall time", clock(seconds) if seconds is not None else None),
+        ("peak memory", f"{memory:.2f} GiB" if memory is not None else None),
+        ("seed", str(values["seed"]) if values["seed"] is not None else None),
+    ]
+    return [(label, text) for label, text in facts if text is not None]
+
+
+def _sections(records: list[dict[str, Any]]) -> list[tuple[str, list[FigureBlock]]]:
+    """Figures under their headings; a heading under which nothing was logged is left out."""
+    blocks = figures(records)
+    names = dict.fromkeys(block.section for block in blocks if block.plot)
+    return [(name, [block for block in blocks if block.section == name]) for name in names]
+
+
+def _last_with_samples(run: Run) -> StageResult | None:
+    shown = [run.results[name] for name in run.stages if name in run.results]
+    return next((result for result in reversed(shown) if result.samples), None)
+
+
+def _sample_view(sample: Any) -> dict[str, Any]:
+    """A sample with each token's share of the way through denoising (0 first .. 1 last)."""
+    last = max(sample.steps, default=0) or 1
+    tokens = list(zip(sample.tokens, sample.steps, strict=False))
+    verdicts = [*sample.verdicts, *["not judged"] * (len(sample.tests) - len(sample.verdicts))]
+    return {
+        "sample": sample,
+        "tokens": [
+            {"text": text, "step": step, "share": round(step / last, 3)} for text, step in tokens
+        ],
+        "tests": list(zip(sample.tests, verdicts, strict=False)),
+        "passed": sum(verdict == "pass" for verdict in sample.verdicts),
+    }
+
+
+def _verdicts(run: Run) -> dict[str, Any]:
+    """Shares of sandbox verdicts per evaluated stage: rows are stages, columns verdicts."""
+    rows = {
+        name: {
+            key.removeprefix("sandbox/"): value
+            for key, value in run.results[name].metrics.items()
+            if key.startswith("sandbox/")
+        }
+        for name in run.stages
+        if name in run.results
+    }
+    columns = sorted({verdict for row in rows.values() for verdict in row})
+    columns.sort(key=lambda verdict: verdict != "pass")
+    return {"columns": columns, "rows": {name: row for name, row in rows.items() if row}}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Estimate):
+        raise TypeError("estimates are spelled out in report.json")
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _write(path: Path, text: str, replace: Callable[[Path, Path], None] = os.replace) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    replace(partial, path)

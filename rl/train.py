@@ -1,0 +1,283 @@
+"""RL training: `python -m rl.train --config F a.b=c`, or `unmask train`. Files and checks only.
+
+Everything a user can have got wrong is looked at before the first worker starts or anything is
+written; what a step does is `rl.loop`.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from common.config import dump_config
+from common.errors import UserError
+from common.exits import exit_codes
+from common.metrics import Sink, open_metrics
+from common.progress import Progress, open_progress
+from common.records import Problem
+from models.checkpoint import check_checkpoint
+from models.spec import DiffusionSpec
+from models.tokenizer import check_tokenizer, encode_prompt, load_tokenizer
+from rewards.compose import verify_rewards
+from rl.checkpoint import Checkpoints, RunState, read_state
+from rl.config import TrainConfig, load_train_config
+from rl.data import EMBEDDED, ProblemStream, check_prompt_lengths, load_problems
+from rl.evaluate import greedy
+from rl.loop import Cluster, Loop, LoopPlan
+
+STAGE = "rl"
+EXPORT_MARK = "training_step.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run: what `prepare` found, and where it goes on from (`resume_from` None: anew)."""
+
+    config: TrainConfig
+    stream: ProblemStream
+    test: list[Problem]
+    state: RunState
+    resume_from: Path | None
+
+    @property
+    def export_folder(self) -> Path:
+        """The trained model as a Hugging Face folder."""
+        return self.config.run.path / "rl" / "hf"
+
+    def run(self, sink: Sink, progress: Progress) -> RunState:
+        """Train to the last step and export; Ctrl-C and SIGTERM leave a resumable run.
+
+        Raises:
+            UserError: bad input that only a worker could see.
+            InfrastructureError: a worker failed or did not answer in time.
+        """
+        steps, run_folder = self.config.train.steps, self.config.run.path
+        if self.state.step >= steps and _exported_step(self.export_folder) == self.state.step:
+            progress.say(f"{run_folder}: all {steps} steps done, nothing to do; raise train.steps")
+            return self.state
+        _write_config(self.config)
+        progress.stage(STAGE, steps, done=self.state.step)
+        if self.resume_from is not None:
+            progress.say(f"resuming from {self.resume_from} ({self.state.step} of {steps} steps)")
+        cluster = make_cluster(self.config)
+        try:
+            with _terminate_as_interrupt():
+                if self.resume_from is not None:
+                    cluster.load(self.resume_from)
+                state = self._loop(cluster, _Monitor(sink, progress)).run()
+                _export(cluster, self.export_folder, state.step)
+            return state
+        finally:
+            cluster.close()
+
+    def _loop(self, cluster: Cluster, monitor: "_Monitor") -> Loop:
+        config = self.config
+        plan = LoopPlan(
+            steps=config.train.steps,
+            eval_decoding=greedy(config.rollout.decoding),
+            run_seed=config.run.seed,
+            save_every=config.train.save_every,
+            eval_every=config.train.eval_every,
+            eval_at_start=config.train.eval_at_start,
+            max_staleness=config.algorithm.max_staleness,
+            timeout_s=config.cluster.timeout_s,
+        )
+        checkpoints = Checkpoints(config.run.path, config.train.keep_last_n)
+        return Loop(cluster, self.stream.batch, self.test, plan, checkpoints, monitor, self.state)
+
+
+class _Monitor:
+    """The loop's numbers go to the sinks, its pace to the progress bar."""
+
+    def __init__(self, sink: Sink, progress: Progress) -> None:
+        self._sink, self._progress = sink, progress
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if "completions/count" in metrics:
+            tokens = metrics["completions/count"] * metrics["completions/length_mean"]
+            metrics = {**metrics, "perf/tokens_per_s": tokens / metrics["timing_s/step"]}
+        self._sink.log(metrics, step=step, stage=STAGE)
+        if "timing_s/step" in metrics:
+            shown = {"reward": metrics["reward/mean"]} if "reward/mean" in metrics else {}
+            self._progress.update(step, **shown)
+        if metrics.get("update/no_signal"):
+            self._progress.say(f"step {step}: no group had any spread, so nothing was learned")
+
+
+def run_training(config: TrainConfig, sink: Sink, progress: Progress) -> RunState:
+    """Check everything, then train. For callers that bring their own sinks (`rl.demo`).
+
+    Raises:
+        UserError: bad input; nothing was started or written.
+        InfrastructureError: a worker failed or did not answer in time.
+    """
+    return prepare(config).run(sink, progress)
+
+
+def prepare(config: TrainConfig) -> Job:
+    """Look at everything the run needs; start and write nothing.
+
+    Raises:
+        UserError: names the key, row or file and the remedy.
+    """
+    folder = Path(config.model.path)
+    check_checkpoint(folder)
+    spec = DiffusionSpec.load(folder)
+    try:
+        config.rollout.decoding.resolve(spec)
+    except UserError as error:
+        raise UserError(f"rollout.{error}") from error
+    verify_rewards(config.reward)
+    train = _problems(config, "train")
+    evaluates = config.train.eval_every > 0 or config.train.eval_at_start
+    test = _problems(config, "test") if evaluates else []
+    stream = ProblemStream(train, config.rollout.prompts_per_step, config.data.seed)
+    _check_prompts(config, folder, spec, {config.data.train: train, config.data.test: test})
+    resume_from = Checkpoints(config.run.path).resume_from(config.run.resume)
+    seed = config.run.seed
+    state = RunState(0, 0, seed) if resume_from is None else read_state(resume_from, seed)
+    return Job(config, stream, test, state, resume_from)
+
+
+def _problems(config: TrainConfig, which: str) -> list[Problem]:
+    data = config.data
+    source, count = (
+        (data.train, data.train_count) if which == "train" else (data.test, data.test_count)
+    )
+    try:
+        if source.startswith(EMBEDDED):
+            return load_problems(source, seed=data.seed, count=count)
+        return load_problems(source, limit=count)
+    except UserError as error:
+        raise UserError(f"data.{which}: {error}") from error
+
+
+def _check_prompts(
+    config: TrainConfig, folder: Path, spec: DiffusionSpec, sources: dict[str, list[Problem]]
+) -> None:
+    tokenizer = load_tokenizer(folder)
+    try:
+        vocab_size = int(json.loads((folder / "config.json").read_text())["vocab_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/config.json: no vocab_size in it ({error})") from error
+    check_tokenizer(tokenizer, vocab_size, spec.mask_token_id, folder)
+    for source, problems in sources.items():
+        lengths = [len(encode_prompt(tokenizer, problem.prompt)) for problem in problems]
+        try:
+            check_prompt_lengths(problems, lengths, config.data.prompt_limit, source=source)
+        except UserError as error:
+            raise UserError(f"data.prompt_limit: {error}") from error
+
+
+def make_cluster(config: TrainConfig) -> Cluster:
+    """The workers of `config.cluster.kind`; Ray is imported only if it is used."""
+    if config.cluster.kind == "local":
+        from workers.local import LocalCluster
+
+        return LocalCluster(config)
+    from workers.cluster import RayCluster
+
+    return RayCluster(config)
+
+
+def _write_config(config: TrainConfig) -> None:
+    path = config.run.path / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(dump_config(config))
+    os.replace(partial, path)
+
+
+def _export(cluster: Cluster, folder: Path, step: int) -> None:
+    """Write the Hugging Face folder under a temporary name, then swap it in."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    cluster.export(partial)
+    (partial / EXPORT_MARK).write_text(json.dumps({"step": step}) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _exported_step(folder: Path) -> int | None:
+    mark = folder / EXPORT_MARK
+    return int(json.loads(mark.read_text())["step"]) if mark.is_file() else None
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM (a stopped Ray job, a drained node) does what Ctrl-C does, deferral included."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):
+            handler(number, frame)
+        else:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _dry_run(config: TrainConfig) -> None:
+    """Print the resolved configuration; say on stderr what a real run would miss here."""
+    sys.stdout.write(dump_config(config))
+    model, data = Path(config.model.path), config.data
+    if not (model / "config.json").is_file():
+        typer.echo(f"dry run: model.path {model} is not there; a run needs it", err=True)
+    try:
+        verify_rewards(config.reward)
+    except UserError as error:
+        typer.echo(f"dry run: {error}", err=True)
+    for key, source in (("train", data.train), ("test", data.test)):
+        if Path(source).suffix in (".jsonl", ".json", ".parquet") and not Path(source).is_file():
+            typer.echo(f"dry run: data.{key} {source} is not there; a run needs it", err=True)
+
+
+def main(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="a.b=c, any key of the file")
+    ] = None,
+    config: Annotated[Path, typer.Option(help="YAML file")] = Path("configs/rl/tiny_cpu.yaml"),
+    address: Annotated[
+        str | None, typer.Option(help="join this Ray cluster, host:port (or set RAY_ADDRESS)")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved config")] = False,
+) -> None:
+    """Train a denoiser with coupled-GRPO; the same command again resumes.
+
+    Example: unmask train --config configs/rl/tiny_cpu.yaml train.steps=100 run.seed=1
+    """
+    joined = [] if address is None else ["cluster.kind=ray", f"cluster.address={address}"]
+    with exit_codes("interrupted; the same command goes on from the last save"):
+        settings = load_train_config(config, [*(overrides or []), *joined])
+        if dry_run:
+            _dry_run(settings)
+            return
+        job = prepare(settings)
+        values = settings.model_dump(mode="json")
+        with (
+            open_progress() as progress,
+            open_metrics(settings.run.path, settings.metrics, progress.say, values) as sink,
+        ):
+            job.run(sink, progress)
+            progress.say(str(job.export_folder))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""What runs in the sandbox's own processes: zygote, judge, candidate. Not the worker's side."""

@@ -1,0 +1,324 @@
+"""One side of the call channel: framing, calls, replies, exceptions, handles, callbacks.
+
+Judge and candidate each hold a `Peer`. The candidate's answers any operation on its own objects;
+the judge's answers only calls of the functions a test passed as arguments (nothing of the judge
+can be looked into). Not the codec (`codec`), not the verdict (`judge`).
+"""
+
+import builtins
+import operator
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sandbox.inside.codec import Codec, CodecError, Table, from_bytes, to_bytes
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "call": lambda target, *args, **kwargs: target(*args, **kwargs),
+    "attr": getattr,
+    "setattr": setattr,
+    "iter": iter,
+    "next": next,
+    "len": len,
+    "item": operator.getitem,
+    "setitem": operator.setitem,
+    "delitem": operator.delitem,
+    "str": str,
+    "repr": repr,
+    "bool": bool,
+    "eq": lambda left, right: bool(left == right),
+    "enter": lambda target: target.__enter__(),
+    "exit": lambda target: target.__exit__(None, None, None),
+}
+
+
+class Lost(BaseException):
+    """The other side is gone, or speaks no sense. A test's `except Exception` must not eat it."""
+
+
+class TooLong(Lost):
+    """The other side sent more than the limit."""
+
+
+class Uncarriable(BaseException):
+    """A test passes something that cannot cross: the test's fault, not the candidate's."""
+
+
+class Channel:
+    """Length-prefixed messages over a stream socket."""
+
+    def __init__(self, connection: socket.socket, max_bytes: int) -> None:
+        self._connection = connection
+        self._max_bytes = max_bytes
+
+    def send(self, message: Any) -> None:
+        """Raises Lost if nobody listens, CodecError if the message is too long."""
+        data = to_bytes(message)
+        if len(data) > self._max_bytes:
+            raise CodecError(f"a message of {len(data)} bytes; the limit is {self._max_bytes}")
+        try:
+            self._connection.sendall(len(data).to_bytes(8, "big") + data)
+        except OSError as error:
+            raise Lost(str(error)) from None
+
+    def receive(self) -> Any:
+        """Raises Lost at the end of the stream or on nonsense, TooLong above the limit."""
+        size = int.from_bytes(self._exactly(8), "big")
+        if size > self._max_bytes:
+            raise TooLong(f"an answer of more than {self._max_bytes} bytes")
+        try:
+            return from_bytes(self._exactly(size))
+        except CodecError as error:
+            raise Lost(str(error)) from None
+
+    def _exactly(self, size: int) -> bytes:
+        buffer = bytearray()
+        while len(buffer) < size:
+            try:
+                part = self._connection.recv(min(size - len(buffer), 1 << 20))
+            except OSError as error:
+                raise Lost(str(error)) from None
+            if not part:
+                raise Lost("the process ended")
+            buffer += part
+        return bytes(buffer)
+
+
+class Remote:
+    """Stands for an object of the other side; nothing it says is believed except as data.
+
+    Equal only to another Remote that the candidate calls equal; never to a value of the judge.
+    No arithmetic and no ordering: they would hand the expected value to the candidate.
+    """
+
+    __slots__ = ("_peer", "_handle")
+
+    def __init__(self, peer: "Peer", handle: int) -> None:
+        object.__setattr__(self, "_peer", peer)
+        object.__setattr__(self, "_handle", handle)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._peer.ask("call", self, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._peer.ask("attr", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._peer.ask("setattr", self, name, value)
+
+    def __iter__(self) -> Any:
+        return self._peer.ask("iter", self)
+
+    def __next__(self) -> Any:
+        return self._peer.ask("next", self)
+
+    def __len__(self) -> int:
+        return self._peer.ask("len", self)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._peer.ask("item", self, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._peer.ask("setitem", self, key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        self._peer.ask("delitem", self, key)
+
+    def __contains__(self, value: Any) -> bool:
+        return any(item is value or item == value for item in self)
+
+    def __bool__(self) -> bool:
+        return self._peer.ask("bool", self)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Remote and self._peer.ask("eq", self, other) is True
+
+    def __hash__(self) -> int:
+        return hash((Remote, self._handle))
+
+    def __str__(self) -> str:
+        return self._peer.ask("str", self)
+
+    def __repr__(self) -> str:
+        return self._peer.ask("repr", self)
+
+    def __enter__(self) -> Any:
+        return self._peer.ask("enter", self)
+
+    def __exit__(self, *_: object) -> None:
+        self._peer.ask("exit", self)
+
+
+class Peer:
+    """Calls out, and answers calls while it waits.
+
+    opaque=True (candidate): any object may cross as a handle, all OPERATIONS are answered.
+    opaque=False (judge): only functions and iterators cross, as numbers that can only be called.
+    """
+
+    def __init__(self, channel: Channel, opaque: bool) -> None:
+        self._channel = channel
+        self._opaque = opaque
+        self._kept: list[Any] = []
+        self._numbers: dict[int, int] = {}
+        self.codec = Codec(self._outgoing, self._incoming)
+        self.lost: Lost | None = None
+        self.uncarriable: Uncarriable | None = None
+
+    def ask(self, operation: str, *args: Any, **kwargs: Any) -> Any:
+        """Have the other side do `operation`; returns its result or raises its exception."""
+        table = Table()
+        try:
+            message = self.codec.encode([list(args), kwargs], table)
+            self._channel.send(["ask", operation, message])
+        except CodecError as error:
+            self.uncarriable = Uncarriable(str(error))
+            raise self.uncarriable from None
+        except Lost as error:
+            self.lost = error
+            raise
+        kind, result = self._reply(table)
+        if kind == "error":
+            raise _rebuild(result)
+        return result
+
+    def _reply(self, table: Table) -> tuple[str, Any]:
+        try:
+            while (reply := self._channel.receive())[0] == "ask":
+                self.answer(reply)
+            kind, node, changed = reply
+            result = self.codec.decode(node, table)
+            self.codec.apply_changes(changed, table)
+        except Lost as error:
+            self.lost = error
+            raise
+        except (CodecError, TypeError, ValueError, LookupError) as error:
+            self.lost = Lost(f"{type(error).__name__}: {error}")
+            raise self.lost from None
+        return kind, result
+
+    def answer(self, message: Any) -> None:
+        """Do what a received ["ask", operation, arguments] asks, and reply."""
+        table = Table()
+        before: list[str] = []
+        try:
+            _, operation, node = message
+            args, kwargs = self.codec.decode(node, table)
+            before = self.codec.snapshot(table)
+            if not self._opaque and not self._may_call(operation, args):
+                raise PermissionError(operation)
+            result = OPERATIONS[operation](*args, **kwargs)
+            reply_table = table.first(len(before))
+            node = self.codec.encode(result, reply_table)
+            reply = ["ok", node, self.codec.changes(reply_table, before)]
+        except (Exception, Uncarriable) as error:
+            reply = ["error", *self._encode_error(error, table.first(len(before)), before)]
+        try:
+            self._channel.send(reply)
+        except CodecError as error:
+            self._channel.send(["error", self.codec.encode(describe(error), Table()), []])
+
+    def _may_call(self, operation: Any, args: Any) -> bool:
+        return operation == "call" and any(kept is args[0] for kept in self._kept)
+
+    def _encode_error(self, error: BaseException, table: Table, before: list[str]) -> list[Any]:
+        node = self.codec.encode(describe(error), table)
+        try:
+            return [node, self.codec.changes(table, before)]
+        except (CodecError, RecursionError):
+            return [node, []]
+
+    def _outgoing(self, value: Any) -> list[Any]:
+        if type(value) is Remote:
+            return ["own", value._handle]
+        if type(value) is _Function:
+            return ["own", value.number]
+        if isinstance(value, type) or not self._opaque:
+            name = getattr(value, "__name__", "")
+            if getattr(builtins, str(name), None) is value:
+                return ["builtin", name]
+        if self._opaque:
+            return ["handle", self._keep(value)]
+        if isinstance(value, Iterator):
+            return ["pull", self._keep(value.__next__)]
+        if callable(value) and not isinstance(value, type):
+            return ["function", self._keep(value)]
+        self.uncarriable = Uncarriable(f"the test passes a {type(value).__name__}")
+        raise self.uncarriable
+
+    def _keep(self, value: Any) -> int:
+        # id() is unique among what is kept alive, and everything numbered is.
+        number = self._numbers.setdefault(id(value), len(self._kept))
+        if number == len(self._kept):
+            self._kept.append(value)
+        return number
+
+    def _incoming(self, tag: str, content: Any) -> Any:
+        if tag == "own":
+            if type(content) is not int or content < 0:
+                raise CodecError("malformed message: handle")
+            return self._kept[content]
+        if tag == "builtin" and self._opaque:
+            return getattr(builtins, content)
+        if tag == "function" and self._opaque:
+            return _Function(self, content)
+        if tag == "pull" and self._opaque:
+            return _pull(_Function(self, content))
+        if tag in ("handle", "builtin") and not self._opaque:
+            return self._foreign(tag, content)
+        raise CodecError(f"malformed message: {tag!r}")
+
+    def _foreign(self, tag: str, content: Any) -> Any:
+        if tag == "builtin":
+            # The candidate returned a type or builtin. Only classes are believed by name.
+            value = getattr(builtins, content)
+            if not isinstance(value, type):
+                raise CodecError("malformed message: builtin")
+            return value
+        if type(content) is not int:
+            raise CodecError("malformed message: handle")
+        return Remote(self, content)
+
+
+class _Function:
+    """A function of the judge, as the candidate sees it."""
+
+    def __init__(self, peer: Peer, number: int) -> None:
+        self._peer = peer
+        self.number = number
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._peer.ask("call", self, *args, **kwargs)
+
+
+def _pull(function: _Function) -> Iterator[Any]:
+    while True:
+        try:
+            yield function()
+        except StopIteration:
+            return
+
+
+def describe(error: BaseException) -> list[Any]:
+    """[name of the nearest builtin class, own class name, args]: what of an exception may cross."""
+    kind = next(k for k in type(error).__mro__ if getattr(builtins, k.__name__, None) is k)
+    try:
+        args = [a for a in error.args if type(a) in (str, int, float, bool, type(None))]
+        complete = len(args) == len(error.args)
+        text = str(error)[:2000]
+    except Exception:  # a candidate's __str__ or args may do anything
+        complete, args, text = False, [], ""
+    return [kind.__name__, type(error).__name__, args if complete else [text]]
+
+
+def _rebuild(description: Any) -> Exception:
+    try:
+        name, own_name, args = description
+        kind = getattr(builtins, name)
+        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+            return RuntimeError(f"{own_name}: {args}")
+        error = kind(*args)
+    except (TypeError, ValueError, AttributeError):
+        return RuntimeError("an exception that cannot be rebuilt")
+    error.from_candidate = True  # type: ignore[attr-defined]
+    return error

@@ -1,0 +1,220 @@
+"""The warm process from which judges and candidates are forked. It never runs or reads their code.
+
+Single-threaded, exec'd with an empty environment; imports what programs usually import, enters the
+shell, then serves one test at a time: the payload travels in a descriptor that only the forked
+child reads, so no job's data is ever in a later job's memory. Ends when its worker does.
+
+Control socket (SOCK_SEQPACKET): {"op": "run", "role", "limits"} with descriptors, answered by
+{"status", "cpu"} when the child *and all its descendants* are gone; {"op": "kill"} ends it early.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from typing import Any, NoReturn
+
+from sandbox.inside import candidate, jail, judge, shell, syscalls
+
+_PRELOADED = (
+    "abc array bisect cmath collections collections.abc contextlib copy dataclasses datetime "
+    "decimal enum fractions functools hashlib heapq io itertools json math numbers operator os "
+    "queue random re statistics string struct sys textwrap threading time types typing unittest"
+)
+_JUDGE_MEMORY_MIB = 2048
+
+
+def main(options: dict[str, Any]) -> NoReturn:
+    """Serve the worker at the other end of descriptor options["control"]."""
+    control = socket.socket(fileno=options["control"])
+    os.set_inheritable(control.fileno(), False)
+    for name in _PRELOADED.split():
+        importlib.import_module(name)
+    surroundings = None
+    try:
+        if options["level"] == "namespace":
+            surroundings = shell.enter()
+        else:
+            syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
+    except OSError as error:
+        control.send(json.dumps({"error": str(error)}).encode())
+        os._exit(1)
+    gc.collect()
+    gc.disable()
+    gc.freeze()
+    zygote = Zygote(control, options["level"], options["folder"], surroundings)
+    control.send(json.dumps({"ready": os.getpid()}).encode())
+    while True:
+        zygote.serve_one()
+
+
+class Zygote:
+    """One control socket, one test at a time."""
+
+    def __init__(
+        self,
+        control: socket.socket,
+        level: str,
+        folder: str,
+        surroundings: shell.Shell | None,
+    ) -> None:
+        self._control = control
+        self._level = level
+        self._folder = folder
+        self._surroundings = surroundings
+
+    def serve_one(self) -> None:
+        """Receive a request, run it to its end, answer. Exits when the worker hangs up."""
+        data, descriptors, _, _ = socket.recv_fds(self._control, 1 << 16, 8)
+        if not data:
+            os._exit(0)
+        request = json.loads(data)
+        if request["op"] != "run":
+            return  # a kill that crossed the answer
+        folder = None
+        if self._surroundings is None and request["role"] != "judge":
+            folder = self._make_folder()
+        child = self._fork(request["role"])
+        if child == 0:
+            self._be_child(request, descriptors, folder)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        status, cpu = self._wait(child)
+        self._end_descendants()
+        if folder is not None:
+            _remove(folder)
+        with contextlib.suppress(BrokenPipeError):
+            self._control.send(json.dumps({"status": status, "cpu": cpu}).encode())
+
+    def _fork(self, role: str) -> int:
+        if self._surroundings is not None and role != "judge":
+            return syscalls.fork_into(jail.CANDIDATE_NAMESPACES)
+        return os.fork()
+
+    def _wait(self, child: int) -> tuple[int, float]:
+        watched = os.pidfd_open(child)
+        poll = select.poll()
+        poll.register(watched, select.POLLIN)
+        poll.register(self._control, select.POLLIN)
+        ended = False
+        while not ended:
+            for descriptor, _ in poll.poll():
+                if descriptor == watched:
+                    ended = True
+                    continue
+                hung_up = not self._control.recv(1 << 16)
+                signal.pidfd_send_signal(watched, signal.SIGKILL)
+                if hung_up:
+                    self._end_descendants()
+                    os._exit(0)
+        os.close(watched)
+        _, status, usage = os.wait4(child, 0)
+        return status, usage.ru_utime + usage.ru_stime
+
+    def _end_descendants(self) -> None:
+        """SIGKILL whatever the child left, until nothing is left."""
+        while True:
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            if self._surroundings is not None:
+                try:
+                    os.kill(-1, signal.SIGKILL)  # we are pid 1 of our namespace
+                except ProcessLookupError:
+                    return
+            elif not _kill_children():
+                return
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-1, 0)
+
+    def _make_folder(self) -> str:
+        folder = tempfile.mkdtemp(prefix="test-", dir=self._folder)
+        if os.geteuid() == 0:
+            os.chown(folder, shell.NOBODY, shell.NOBODY)
+        return folder
+
+    def _be_child(
+        self, request: dict[str, Any], descriptors: list[int], folder: str | None
+    ) -> NoReturn:
+        try:
+            os.setsid()
+            self._confine(request, descriptors, folder)
+        except BaseException:
+            # Nothing of the candidate has run yet: this is the machine's fault, status 97 says so.
+            with contextlib.suppress(OSError):
+                os.write(2, traceback.format_exc().encode())
+            os._exit(97)
+        os._exit(0)
+
+    def _confine(self, request: dict[str, Any], descriptors: list[int], folder: str | None) -> None:
+        role, limits = request["role"], request["limits"]
+        payload = json.loads(_read_all(descriptors[0]))
+        if role == "judge":
+            memory, disk, processes = _JUDGE_MEMORY_MIB, 1, None
+        else:
+            memory, disk, processes = (
+                limits["memory_mib"], limits["disk_mib"], limits["processes"],
+            )  # fmt: skip
+            if self._surroundings is not None:
+                jail.enter_namespaces(self._surroundings, disk)
+            elif folder is not None:
+                os.chdir(folder)
+        kept = _arrange_descriptors(descriptors[1:], as_program=role == "program")
+        jail.limit(limits["seconds"], memory, disk, processes)
+        os.environ.clear()
+        jail.seal(self._level, folder)
+        gc.enable()
+        _run_role(role, payload, kept, limits["output_kib"] * 1024)
+
+
+def _run_role(role: str, payload: dict[str, Any], kept: list[int], max_bytes: int) -> None:
+    sys.argv = [""]
+    if role == "program":
+        candidate.run_program(payload)
+    connection = socket.socket(fileno=kept[0])
+    if role == "calls":
+        candidate.serve_calls(payload, connection, max_bytes)
+    judge.serve(payload, connection, max_bytes)
+
+
+def _read_all(descriptor: int) -> bytes:
+    # pread: the payload's offset is shared with the other tests of the case.
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+
+def _arrange_descriptors(descriptors: list[int], as_program: bool) -> list[int]:
+    """Put `descriptors` at 0.. (program) or 3.. (else, with /dev/null below); close all others."""
+    null = os.open("/dev/null", os.O_RDWR)
+    wanted = descriptors if as_program else [null, null, null, *descriptors]
+    high = [os.dup2(d, 100 + i, inheritable=False) for i, d in enumerate(wanted)]
+    for target, descriptor in enumerate(high):
+        os.dup2(descriptor, target, inheritable=target < 3)
+    os.closerange(len(wanted), 1024)
+    return list(range(3, len(wanted)))
+
+
+def _kill_children() -> bool:
+    """SIGKILL our children (orphans come to us, their subreaper); False if there are none."""
+    with open(f"/proc/self/task/{os.getpid()}/children") as listing:
+        children = [int(pid) for pid in listing.read().split()]
+    for pid in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return bool(children)
+
+
+def _remove(folder: str) -> None:
+    def force(_function: object, path: str, _error: object) -> None:
+        with contextlib.suppress(OSError):
+            os.chmod(os.path.dirname(path), 0o700)
+            os.unlink(path)
+
+    shutil.rmtree(folder, onerror=force)

@@ -1,0 +1,118 @@
+"""The worker's end of one zygote: start it, have it run something, kill it. No verdicts here."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_START_SECONDS = 30.0
+_ANSWER_SECONDS = 10.0
+_ROOT = Path(__file__).resolve().parent.parent
+# -I -S -E: no environment, no site-packages, no user code; the checkout is visible to our own
+# imports only.
+_BOOT = (
+    "import sys, json; sys.path.append(sys.argv[1]); from sandbox.inside import zygote; "
+    "sys.path.pop(); zygote.main(json.loads(sys.argv[2]))"
+)
+
+
+class ZygoteError(Exception):
+    """A zygote did not start, answer or end in time; it is gone now. Infrastructure, no verdict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a process ended: a wait status, CPU seconds of it and its reaped children."""
+
+    status: int
+    cpu: float
+
+
+class ZygoteProcess:
+    """One zygote. Not thread-safe: a worker owns it.
+
+    Raises ZygoteError from the constructor if the zygote cannot have `level` on this machine.
+    """
+
+    def __init__(self, level: str) -> None:
+        self.level = level
+        self._folder = tempfile.mkdtemp(prefix="unmask-sandbox-")
+        os.chmod(self._folder, 0o711)  # the landlock level runs as another user when we are root
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control = ours
+        options = {"control": theirs.fileno(), "level": level, "folder": self._folder}
+        python = getattr(sys, "_base_executable", None) or sys.executable
+        command = [python, "-I", "-S", "-E", "-B", "-c", _BOOT, str(_ROOT), json.dumps(options)]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                env={},
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for the worker, which then closes us
+            )
+        except OSError as error:
+            raise ZygoteError(f"cannot start {python}: {error}") from None
+        finally:
+            theirs.close()
+        greeting = self._receive(_START_SECONDS)
+        if "error" in greeting:
+            self.close()
+            raise ZygoteError(greeting["error"])
+
+    def run(self, role: str, limits: dict[str, Any], descriptors: Sequence[int]) -> None:
+        """Start a child; `descriptors[0]` holds its payload. `wait` must follow before the next."""
+        request = {"op": "run", "role": role, "limits": limits}
+        try:
+            socket.send_fds(self.control, [json.dumps(request).encode()], list(descriptors))
+        except OSError as error:
+            self.close()
+            raise ZygoteError(f"zygote is gone: {error}") from None
+
+    def kill(self) -> None:
+        """SIGKILL the running child, if it still runs, and all it started."""
+        try:
+            self.control.send(b'{"op": "kill"}')
+        except OSError as error:
+            self.close()
+            raise ZygoteError(f"zygote is gone: {error}") from None
+
+    def wait(self, seconds: float = _ANSWER_SECONDS) -> Ended:
+        """How the child ended; every process it started is gone. ZygoteError after `seconds`."""
+        answer = self._receive(seconds)
+        return Ended(answer["status"], answer["cpu"])
+
+    def _receive(self, seconds: float) -> dict[str, Any]:
+        self.control.settimeout(seconds)
+        try:
+            data = self.control.recv(1 << 16)
+        except OSError as error:
+            data = b""
+            late = isinstance(error, TimeoutError)
+            reason = f"no answer in {seconds:g} s" if late else str(error)
+        else:
+            reason = "it ended"
+        if not data:
+            self.close()
+            raise ZygoteError(f"zygote (level {self.level}): {reason}")
+        return json.loads(data)
+
+    def close(self) -> None:
+        """End the zygote and everything below it; returns when it is reaped."""
+        self.control.close()
+        try:
+            self._process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)

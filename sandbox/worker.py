@@ -1,0 +1,296 @@
+"""One worker: a pair of zygotes, and how each test is run and judged with them.
+
+The verdict on asserts comes from the judge's process, on stdin tests from the comparison here.
+Nothing a candidate wrote is parsed here: its output is compared as text, its exit is a wait status.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from sandbox.process import Ended, ZygoteError, ZygoteProcess
+from sandbox.records import Case, Limits, Result, StdinTest, TestResult, Verdict
+
+_PIPE_BYTES = 1 << 20
+_REPORT_BYTES = 1 << 16
+_STDERR_KEPT = 2000
+_NOT_STARTED = 97  # what `zygote` exits with if the confinement failed
+_TRIES = 2
+
+
+class InvalidTest(Exception):
+    """A test or setup that no candidate could pass (it does not compile)."""
+
+
+class Worker:
+    """Judges cases one after the other. Not thread-safe. `close` it, or nothing else will."""
+
+    def __init__(self, level: str) -> None:
+        self._level = level
+        self._zygotes: dict[str, ZygoteProcess] = {}
+
+    def close(self) -> None:
+        """End both zygotes."""
+        for zygote in self._zygotes.values():
+            zygote.close()
+        self._zygotes.clear()
+
+    def run(self, case: Case) -> Result:
+        """Judge one case; never raises for what a candidate does."""
+        start = time.monotonic()
+        reason = case.problem()
+        if reason is not None:
+            return Result(id=case.id, status="invalid_case", message=reason, backend=self._level)
+        try:
+            tests = tuple(self._run_tests(case))
+        except InvalidTest as error:
+            return Result(
+                id=case.id, status="invalid_case", message=str(error), backend=self._level
+            )
+        failed = any(test.verdict == "infra_error" for test in tests)
+        return Result(
+            id=case.id,
+            status="infra_error" if failed else "ran",
+            tests=tests,
+            seconds=time.monotonic() - start,
+            backend=self._level,
+        )
+
+    def _run_tests(self, case: Case) -> Iterator[TestResult]:
+        program = {"code": case.code, "setup": case.setup}
+        questions = {
+            "setup": case.setup,
+            "tests": list(case.tests),
+            "entry_point": case.entry_point,
+        }
+        with _payload(program) as code, _payload(questions) as tests:
+            judge = Judge(lambda: self._zygote("judge"), tests, case)
+            with contextlib.closing(judge):
+                for index in range(len(case.tests)):
+                    yield self._with_retry(lambda i: self._assert(judge, code, i), index)
+            for index in range(len(case.stdin_tests)):
+                yield self._with_retry(
+                    lambda i: self._stdin(code, case.stdin_tests[i], case.limits), index
+                )
+
+    def _with_retry(self, attempt: Callable[[int], TestResult], index: int) -> TestResult:
+        for _ in range(_TRIES):
+            try:
+                return attempt(index)
+            except (ZygoteError, OSError) as error:
+                message = str(error)
+                self.close()
+        return TestResult("infra_error", 0.0, message)
+
+    def _zygote(self, role: str) -> ZygoteProcess:
+        if role not in self._zygotes:
+            self._zygotes[role] = ZygoteProcess(self._level)
+        return self._zygotes[role]
+
+    def _assert(self, judge: "Judge", code: int, index: int) -> TestResult:
+        candidate = self._zygote("candidate")
+        judge.start()
+        start = time.monotonic()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            candidate.run("calls", asdict(judge.limits), [code, theirs.fileno()])
+            judge.order(index, ours.fileno())
+        report = judge.report(start + judge.limits.seconds)
+        seconds = time.monotonic() - start
+        if report is not None and report["verdict"] == "lost":
+            select.select([candidate.control], [], [], 1.0)  # let it end by itself: how, matters
+        candidate.kill()
+        verdict, message = _assert_verdict(report, candidate.wait())
+        return TestResult(verdict, round(seconds, 4), message)
+
+    def _stdin(self, code: int, test: StdinTest, limits: Limits) -> TestResult:
+        candidate = self._zygote("candidate")
+        start = time.monotonic()
+        out_read, out_write = os.pipe()
+        error_read, error_write = os.pipe()
+        try:
+            with _memory_file(test.stdin.encode("utf-8", "surrogatepass")) as stdin:
+                candidate.run("program", asdict(limits), [code, stdin, out_write, error_write])
+        finally:
+            os.close(out_write)
+            os.close(error_write)
+        collected = _Collector(out_read, error_read, limits.output_kib * 1024)
+        reason = collected.pump(start + limits.seconds, candidate.control)
+        if reason is not None:
+            candidate.kill()
+        ended = candidate.wait()
+        collected.finish()
+        seconds = time.monotonic() - start
+        verdict, message = _stdin_verdict(reason, ended, collected, test.stdout)
+        return TestResult(verdict, round(seconds, 4), message)
+
+
+class Judge:
+    """The judge's process for the tests of one case; started when needed, replaced if it hung."""
+
+    def __init__(self, zygote: Callable[[], ZygoteProcess], tests: int, case: Case) -> None:
+        self._zygote = zygote
+        self._tests = tests
+        self._running: tuple[ZygoteProcess, socket.socket] | None = None
+        self._cpu_limits = asdict(case.limits)
+        self._cpu_limits["seconds"] *= len(case.tests)
+        self.limits = case.limits
+
+    def start(self) -> None:
+        """Have a process running."""
+        zygote = self._zygote()
+        if self._running is not None and self._running[0] is zygote:
+            return
+        self.close()  # what is left of one whose zygote was replaced
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            zygote.run("judge", self._cpu_limits, [self._tests, theirs.fileno()])
+        self._running = zygote, ours
+
+    def order(self, index: int, connection: int) -> None:
+        """Judge test `index` with the candidate at the other end of `connection`."""
+        assert self._running is not None
+        socket.send_fds(self._running[1], [str(index).encode()], [connection])
+
+    def report(self, deadline: float) -> dict[str, Any] | None:
+        """What the judge says; None if nothing by the deadline. Raises ZygoteError if it died."""
+        assert self._running is not None
+        orders = self._running[1]
+        left = max(deadline - time.monotonic(), 0.0)
+        if not select.select([orders], [], [], left)[0]:
+            self.close()
+            return None
+        data = orders.recv(_REPORT_BYTES)
+        if not data:
+            raise ZygoteError(f"the judge ended without a verdict, status {self.close()}")
+        return json.loads(data)
+
+    def close(self) -> int:
+        """End the process, if there is one; its wait status (-1 if its zygote is gone too)."""
+        if self._running is None:
+            return 0
+        zygote, orders = self._running
+        self._running = None
+        orders.close()
+        try:
+            zygote.kill()
+            return zygote.wait().status
+        except ZygoteError:
+            return -1
+
+
+class _Collector:
+    """Drains stdout and stderr at once, stdout up to a cap, of stderr only the tail."""
+
+    def __init__(self, out: int, error: int, max_bytes: int) -> None:
+        self.stdout, self.stderr = bytearray(), bytearray()
+        self._open = {out: self.stdout, error: self.stderr}
+        self._max_bytes = max_bytes
+
+    def pump(self, deadline: float, control: socket.socket) -> Verdict | None:
+        """Until the program ended; or the verdict for which it has to be ended."""
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return "timeout"
+            watched = [*self._open, control.fileno()]
+            ready = select.select(watched, [], [], left)[0]
+            for descriptor in ready:
+                if descriptor in self._open:
+                    self._read(descriptor)
+            if len(self.stdout) > self._max_bytes:
+                return "output_limit"
+            if control.fileno() in ready:
+                return None
+
+    def finish(self) -> None:
+        """What is left in the pipes; every writer is dead by now."""
+        while self._open:
+            self._read(next(iter(self._open)))
+
+    def _read(self, descriptor: int) -> None:
+        data = os.read(descriptor, _PIPE_BYTES)
+        buffer = self._open[descriptor]
+        if not data:
+            os.close(descriptor)
+            del self._open[descriptor]
+        elif len(buffer) <= self._max_bytes:
+            buffer += data
+        if buffer is self.stderr:
+            del buffer[:-_STDERR_KEPT]
+
+
+@contextlib.contextmanager
+def _memory_file(data: bytes) -> Iterator[int]:
+    descriptor = os.memfd_create("job", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(os.dup(descriptor), "wb") as file:
+            file.write(data)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _payload(content: dict[str, Any]) -> contextlib.AbstractContextManager[int]:
+    return _memory_file(json.dumps(content).encode())
+
+
+def _assert_verdict(report: dict[str, Any] | None, ended: Ended) -> tuple[Verdict, str]:
+    if os.waitstatus_to_exitcode(ended.status) == _NOT_STARTED:
+        raise ZygoteError("a test's process could not be confined")
+    if report is None:
+        return "timeout", ""
+    verdict, message = report["verdict"], report["message"]
+    if verdict == "invalid":
+        raise InvalidTest(message)
+    if verdict == "lost":
+        return _how_it_ended(ended, message)
+    return verdict, message
+
+
+def _how_it_ended(ended: Ended, message: str) -> tuple[Verdict, str]:
+    code = os.waitstatus_to_exitcode(ended.status)
+    if code >= 0:
+        return "exited", f"the program exited with status {code} before the test ended"
+    if -code == signal.SIGXCPU:
+        return "timeout", "CPU time"
+    if -code == signal.SIGKILL:
+        return "exited", f"the program hung up: {message}"
+    return "crash", f"signal {-code} ({signal.Signals(-code).name})"
+
+
+def _stdin_verdict(
+    reason: Verdict | None, ended: Ended, collected: _Collector, expected: str
+) -> tuple[Verdict, str]:
+    if reason is not None:
+        return reason, ""
+    code = os.waitstatus_to_exitcode(ended.status)
+    complaint = bytes(collected.stderr).decode("utf-8", "replace").strip()
+    if code == _NOT_STARTED and "sandbox/inside/zygote.py" in complaint:
+        raise ZygoteError("a test's process could not be confined")
+    if code < 0:
+        return _how_it_ended(ended, "")
+    last = complaint.splitlines()[-1][:300] if complaint else ""
+    if code > 0:
+        verdict: Verdict = "oom" if last.startswith("MemoryError") else "fail"
+        return verdict, f"exit status {code}: {last}"
+    try:
+        printed = bytes(collected.stdout).decode()
+    except UnicodeDecodeError as error:
+        return "fail", f"the output is not UTF-8 (byte {error.start})"
+    if _lines(printed) == _lines(expected):
+        return "pass", ""
+    return "fail", "the output differs"
+
+
+def _lines(text: str) -> list[str]:
+    """The lines without trailing whitespace, without trailing empty lines."""
+    return "\n".join(line.rstrip() for line in text.split("\n")).rstrip().split("\n")

@@ -1,0 +1,132 @@
+"""Groups to samples to micro-batches: pure bookkeeping, checked by counting."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.records import Completion, Group, Problem, Rollout, Score
+from diffusion.layout import Sequence
+from rl.batch import (
+    Sample,
+    batch_metrics,
+    drop_stale,
+    make_batch,
+    micro_batches,
+    rollout_metrics,
+    sequence_of,
+)
+
+
+def rollout(
+    problem_id: str,
+    index: int,
+    total: float | None,
+    tokens: tuple[int, ...] = (5, 6, 1),
+    tail: tuple[int, ...] = (0,),
+    version: int = 0,
+) -> Rollout:
+    steps = tuple(range(len(tokens) + len(tail)))
+    completion = Completion(tokens, tail, "text", "eos", steps, (1.0,) * len(steps))
+    score = Score(total, {"code": total}, verdicts=("pass",) if total else ("fail", "fail"))
+    return Rollout(problem_id, index, (7, 8), completion, version, 0, score)
+
+
+def group(problem_id: str, *totals: float | None, **changes: object) -> Group:
+    rollouts = [rollout(problem_id, i, t, **changes) for i, t in enumerate(totals)]  # type: ignore[arg-type]
+    return Group(Problem(problem_id, "do"), tuple(rollouts))
+
+
+def sample(index: int, tokens: int = 3) -> Sample:
+    return Sample("p", index, Sequence((1,), (2,) * tokens, tokens), 1.0)
+
+
+def test_supervision_ends_at_the_first_eos() -> None:
+    """Defect 9: pads after the first EOS dominated the loss. Here they are context only."""
+    tokens, tail = (5, 6, 1), (1, 1, 1, 1, 1)
+    sequence = sequence_of(rollout("p", 0, 1.0, tokens, tail))
+    assert sequence.completion_ids == tokens + tail
+    assert sequence.supervised == 3
+    batch = make_batch([group("p", 1.0, 0.0, tokens=tokens, tail=tail)], "mean", False)
+    assert batch.normaliser == 6  # two completions of 3, not of 8
+
+
+def test_dropped_groups_and_samples_are_counted() -> None:
+    groups = [
+        group("spread", 1.0, 0.0, None),
+        group("flat", 0.5, 0.5, 0.5),
+        group("failed", 1.0, None, None),
+    ]
+    batch = make_batch(groups, "mean", False)
+    assert [(s.problem_id, s.sample_index, s.advantage) for s in batch.samples] == [
+        ("spread", 0, 0.5),
+        ("spread", 1, -0.5),
+    ]
+    metrics = batch_metrics(batch)
+    assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    assert metrics["batch/groups_too_few"] == 1
+    assert metrics["batch/samples_dropped"] == 3
+    assert metrics["batch/tokens"] == 6
+
+
+def test_masks_are_named_by_sample_and_iteration() -> None:
+    one, other = sample(0), sample(1)
+    seeds = {s.mask_seed(9, step, i) for s in (one, other) for step in (0, 1) for i in (0, 1)}
+    assert len(seeds) == 8
+    assert one.mask_seed(9, 3, 1) == sample(0, tokens=7).mask_seed(9, 3, 1)
+
+
+def test_micro_batches_respect_the_budget_and_padding() -> None:
+    # sorted costs 2, 3, 4, 10; budget 8: 2 then 3 (2 * 3 = 6), then 4 alone (3 * 4 = 12 > 8, and
+    # 10 would cost 20), and 10 alone although it exceeds the budget
+    samples = [sample(0), sample(1), sample(2), sample(3)]
+    plan = micro_batches(samples, [10, 3, 2, 4], budget=8)
+    assert [[s.sample_index for s in m.samples] for m in plan] == [[2, 1], [3], [0]]
+    assert all(m.weight == 1.0 for m in plan)
+
+
+def test_equal_costs_keep_their_order() -> None:
+    plan = micro_batches([sample(i) for i in range(5)], [4] * 5, budget=12)
+    assert [[s.sample_index for s in m.samples] for m in plan] == [[0, 1, 2], [3, 4]]
+
+
+@given(
+    costs=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    budget=st.integers(1, 120),
+    ranks=st.integers(1, 5),
+)
+def test_every_sample_is_on_one_rank_once(costs: list[int], budget: int, ranks: int) -> None:
+    samples = [sample(i) for i in range(len(costs))]
+    plans = [micro_batches(samples, costs, budget, rank, ranks) for rank in range(ranks)]
+    assert len({len(plan) for plan in plans}) == 1
+    real = [m for plan in plans for m in plan if m.weight > 0]
+    assert sorted(s.sample_index for m in real for s in m.samples) == list(range(len(costs)))
+    for micro in real:
+        load = max(costs[s.sample_index] for s in micro.samples) * len(micro.samples)
+        assert load <= budget or len(micro.samples) == 1
+    padding = [m for plan in plans for m in plan if m.weight == 0]
+    assert all(len(m.samples) == 1 for m in padding)
+
+
+def test_stale_rollouts_are_dropped_one_by_one() -> None:
+    fresh, stale = group("a", 1.0, 0.0, version=5), group("b", 1.0, 0.0, version=3)
+    kept, metrics = drop_stale([fresh, stale], version=5, bound=1)
+    assert [len(g.rollouts) for g in kept] == [2, 0]
+    assert metrics == {
+        "async/staleness_mean": 1.0,
+        "async/staleness_max": 2.0,
+        "async/dropped_stale": 2.0,
+    }
+
+
+def test_rollout_metrics() -> None:
+    metrics = rollout_metrics([group("a", 1.0, 0.0, None)])
+    assert metrics["reward/mean"] == 0.5
+    assert metrics["reward/std"] == 0.5
+    assert metrics["rewards/code/mean"] == 0.5
+    assert metrics["completions/length_mean"] == 3.0
+    assert metrics["completions/clipped_ratio"] == 0.0
+    assert metrics["decode/tokens_per_step"] == 1.0
+    assert metrics["decode/ar_local@1"] == metrics["decode/ar_global@4"] == 1.0
+    # verdicts: one pass, two fails, and two fails of the failed reward
+    assert metrics["sandbox/pass"] == pytest.approx(1 / 5)
+    assert rollout_metrics([]) == {}

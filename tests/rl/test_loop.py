@@ -1,0 +1,257 @@
+"""The main loop against a cluster that only writes down what it is asked."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import InfrastructureError
+from common.records import Completion, Group, Problem, Rollout, Score
+from common.seeding import derive_seed
+from models.decoding import DecodingConfig
+from rl.checkpoint import Checkpoints, RunState, read_state
+from rl.loop import Loop, LoopPlan
+
+GREEDY = DecodingConfig(gen_length=8, temperature=0.0)
+
+
+def done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+@dataclass
+class FakeCluster:
+    """Weights are one number: how many updates it has had."""
+
+    interrupt_at: int | None = None
+    hang_at: str | None = None
+    lag: int = 0
+    calls: list[str] = field(default_factory=list)
+    weights: int = 0
+    version: int = 0
+    seeds: dict[int, str] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def say(self, text: str) -> None:
+        with self.lock:
+            self.calls.append(text)
+
+    def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]:
+        step = problems[0].problem_id.split("/")[0]
+        self.say(f"generate {step}")
+        self.seeds[seed] = step
+        if self.hang_at == "generate":
+            return Future()
+        return done([self.group(problem) for problem in problems])
+
+    def group(self, problem: Problem) -> Group:
+        completion = Completion((4, 1), (), "x", "eos", (0, 1), (1.0, 1.0))
+        version = self.version - self.lag
+        rollout = Rollout(problem.problem_id, 0, (3,), completion, version, 0)
+        return Group(problem, (rollout, rollout))
+
+    def score(self, groups: Sequence[Group]) -> Future[list[Group]]:
+        self.say(f"score {groups[0].problem.problem_id.split('/')[0]}")
+        if self.hang_at == "score":
+            return Future()
+        return done([Group(g.problem, tuple(scored(r) for r in g.rollouts)) for g in groups])
+
+    def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        if self.interrupt_at == step:
+            raise KeyboardInterrupt
+        self.say(f"update {step}")
+        self.weights += 1
+        return {"policy/loss": 0.1, "trained": float(sum(len(g.rollouts) for g in groups))}
+
+    def sync_weights(self) -> int:
+        self.version += 1
+        self.say("sync")
+        return self.version
+
+    def evaluate(
+        self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
+    ) -> Future[list[Group]]:
+        assert decoding.temperature == 0.0
+        assert group_size == 1
+        self.say("evaluate")
+        return done([Group(p, (scored(self.group(p).rollouts[0]),)) for p in problems])
+
+    def save(self, folder: Path) -> None:
+        self.say("save")
+        (folder / "policy").write_text(str(self.weights))
+
+    def load(self, folder: Path) -> None:
+        self.say("load")
+        self.weights = int((folder / "policy").read_text())
+
+    def export(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+def scored(rollout: Rollout) -> Rollout:
+    return Rollout(
+        rollout.problem_id,
+        rollout.sample_index,
+        rollout.prompt_ids,
+        rollout.completion,
+        rollout.policy_version,
+        rollout.seed,
+        Score(1.0, {"code": 1.0}, verdicts=("pass",)),
+    )
+
+
+@dataclass
+class Notebook:
+    records: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    interrupt_at: int | None = None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.records.append((step, dict(metrics)))
+        if self.interrupt_at == step:
+            raise KeyboardInterrupt
+
+
+def batch(step: int) -> list[Problem]:
+    return [Problem(f"{step}/{i}", "do") for i in range(2)]
+
+
+def make_loop(
+    tmp_path: Path, cluster: FakeCluster, start: int = 0, **changes: Any
+) -> tuple[Loop, Notebook]:
+    values: dict[str, Any] = {"steps": 3, "eval_decoding": GREEDY, "run_seed": 7}
+    plan = LoopPlan(**(values | changes))
+    monitor = Notebook()
+    checkpoints = Checkpoints(tmp_path, keep_last_n=5)
+    loop = Loop(
+        cluster, batch, [Problem("t", "do")], plan, checkpoints, monitor, RunState(start, 0, 7)
+    )
+    return loop, monitor
+
+
+def test_synchronous_order_of_calls(tmp_path: Path) -> None:
+    cluster = FakeCluster()
+    loop, monitor = make_loop(tmp_path, cluster, steps=3, eval_every=2, save_every=2)
+    state = loop.run()
+    assert cluster.calls == [
+        *["sync", "generate 0", "score 0", "update 0", "sync"],
+        *["generate 1", "score 1", "update 1", "sync", "evaluate", "save"],
+        *["generate 2", "score 2", "update 2", "sync", "evaluate", "save"],
+    ]
+    assert (state.step, state.policy_version) == (3, 4)
+    assert cluster.seeds == {derive_seed(7, "rollout", s): str(s) for s in range(3)}
+    steps = [step for step, metrics in monitor.records if "policy/loss" in metrics]
+    assert steps == [1, 2, 3]
+    first = monitor.records[0][1]
+    assert first["async/staleness_max"] == 0.0
+    assert first["reward/mean"] == 1.0
+    assert {"timing_s/rollouts", "timing_s/update", "timing_s/sync", "timing_s/step"} <= set(first)
+    evaluated = [metrics for _, metrics in monitor.records if "eval/pass@1" in metrics]
+    assert [m["eval/pass@1"] for m in evaluated] == [1.0, 1.0]
+
+
+def test_evaluation_before_the_first_step(tmp_path: Path) -> None:
+    cluster = FakeCluster()
+    loop, monitor = make_loop(tmp_path, cluster, steps=1, eval_at_start=True)
+    loop.run()
+    assert cluster.calls[:2] == ["sync", "evaluate"]
+    assert monitor.records[0][0] == 0
+
+
+@pytest.mark.parametrize("bound", [1, 2])
+def test_batches_in_flight_never_exceed_the_bound(tmp_path: Path, bound: int) -> None:
+    cluster = FakeCluster()
+    loop, monitor = make_loop(tmp_path, cluster, steps=6, max_staleness=bound)
+    loop.run()
+    asked = 0
+    for call in cluster.calls:
+        asked += call.startswith("generate")
+        if call.startswith("update"):
+            # generated and not yet used while the learner works: the batches ahead
+            assert asked - int(call.split()[1]) - 1 <= bound
+    assert asked == 6  # nothing is rolled out past the last step
+    ages = [metrics["async/staleness_max"] for _, metrics in monitor.records]
+    assert max(ages) <= bound
+    assert all(metrics["trained"] == 4 for _, metrics in monitor.records)
+
+
+def test_every_sample_is_checked_for_its_own_staleness(tmp_path: Path) -> None:
+    """A worker that answered with old weights: its samples are dropped whatever the deque says."""
+    loop, monitor = make_loop(tmp_path, FakeCluster(lag=2), steps=1, max_staleness=1)
+    loop.run()
+    metrics = monitor.records[0][1]
+    assert metrics["async/dropped_stale"] == 4.0
+    assert metrics["async/staleness_max"] == 2.0
+    assert metrics["trained"] == 0.0
+
+
+def test_resume_goes_on_where_the_checkpoint_stopped(tmp_path: Path) -> None:
+    cluster = FakeCluster()
+    make_loop(tmp_path, cluster, steps=2)[0].run()
+    saved = Checkpoints(tmp_path).resume_from("auto")
+    assert saved is not None
+    state = read_state(saved, 7)
+    again = FakeCluster()
+    again.load(saved)
+    loop, monitor = make_loop(tmp_path, again, start=state.step, steps=4)
+    loop.run()
+    assert again.weights == 4
+    assert [c for c in again.calls if c.startswith("generate")] == ["generate 2", "generate 3"]
+    assert [step for step, _ in monitor.records] == [3, 4]
+
+
+def test_interrupt_while_waiting_saves_at_once(tmp_path: Path) -> None:
+    cluster = FakeCluster()
+    loop, monitor = make_loop(tmp_path, cluster, steps=9, eval_every=2, max_staleness=1)
+    monitor.interrupt_at = 2  # while the evaluation after step 2 is being logged
+    original = monitor.log
+
+    def log(step: int, metrics: Mapping[str, float]) -> None:
+        if "eval/pass@1" in metrics:
+            original(step, metrics)
+
+    monitor.log = log  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    assert "save" in cluster.calls
+    state = read_state(tmp_path / "rl" / "global_step_2", 7)
+    assert state.step == 2
+    assert state.pending == (("2/0", "2/1"),)  # one batch was in flight
+
+
+def test_interrupt_inside_an_update_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    cluster = FakeCluster(interrupt_at=3)
+    loop, _ = make_loop(tmp_path, cluster, steps=9, save_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    assert [p.name for p in Checkpoints(tmp_path).saved()] == ["global_step_2"]
+
+
+@pytest.mark.parametrize("what", ["generate", "score"])
+def test_every_wait_has_an_end(tmp_path: Path, what: str) -> None:
+    loop, _ = make_loop(tmp_path, FakeCluster(hang_at=what), timeout_s=0.05)
+    with pytest.raises(InfrastructureError, match=rf"{what} of step 0.*timeout_s=0\.05"):
+        loop.run()
+
+
+def test_errors_of_workers_reach_the_caller(tmp_path: Path) -> None:
+    class Broken(FakeCluster):
+        def score(self, groups: Sequence[Group]) -> Future[list[Group]]:
+            future: Future[list[Group]] = Future()
+            future.set_exception(InfrastructureError("reward-0 died"))
+            return future
+
+    with pytest.raises(InfrastructureError, match="reward-0 died"):
+        make_loop(tmp_path, Broken())[0].run()
+
+
+def test_the_loop_fits_on_a_page() -> None:
+    assert len((Path(__file__).parents[2] / "rl" / "loop.py").read_text().splitlines()) < 150

@@ -1,0 +1,346 @@
+"""`unmask train` end to end on a two-layer model in one process, and everything it refuses."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+import yaml
+from typer.testing import CliRunner, Result
+
+import rl.train
+from common.errors import InfrastructureError
+from common.metrics import read_metrics
+from common.progress import SilentProgress
+from models.checkpoint import load_checkpoint, new_model, save_checkpoint
+from models.spec import DiffusionSpec
+from models.tokenizer import train_tokenizer
+from rl.checkpoint import Checkpoints
+from rl.config import load_train_config
+from rl.train import prepare, run_training
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "rl"
+REWARD = '''
+def chance(prompts, completions, **columns):
+    """Spread without meaning: most random completions of a group differ in it."""
+    return [float(sum(map(ord, text)) % 3) for text in completions]
+'''
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "sft"
+    tokenizer = train_tokenizer(["def f(x):\n    return x + 1\n"] * 3, vocab_size=262)
+    architecture = {
+        "model_type": "qwen2",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    spec = DiffusionSpec(
+        mask_token_id=int(tokenizer.mask_token_id),
+        logit_shift=False,
+        attention="block_causal",
+        block_size=4,
+    )
+    save_checkpoint(folder, new_model(architecture, seed=0), tokenizer, spec)
+    return folder
+
+
+@pytest.fixture
+def config_file(checkpoint: Path, tmp_path: Path) -> Path:
+    rows = [
+        {"prompt": f"Add {n}.", "tests": [f"assert f(1) == {n + 1}"], "problem_id": f"p{n}"}
+        for n in range(6)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "reward.py").write_text(REWARD)
+    values = {
+        "run": {"name": "tiny", "folder": str(tmp_path / "run"), "seed": 1},
+        "model": {"path": str(checkpoint)},
+        "data": {"train": str(data), "test": str(data), "test_count": 2},
+        "rollout": {
+            "group_size": 3,
+            "prompts_per_step": 2,
+            "decoding": {"gen_length": 8, "steps_per_block": 2},
+        },
+        "reward": {"functions": [{"path": f"{tmp_path / 'reward.py'}:chance", "weight": 1.0}]},
+        "algorithm": {"num_iterations": 2, "beta": 0.01},
+        "optim": {"lr": 1e-3},
+        "engine": {"kind": "torch"},
+        "cluster": {"kind": "local"},
+        "train": {"steps": 4, "save_every": 2, "eval_every": 2},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def invoke(*arguments: str | Path) -> Result:
+    app = typer.Typer()
+    app.command()(rl.train.main)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_checkpoint(folder).denoiser.named_parameters())
+
+
+class Notes:
+    """A sink that remembers, and may pull the plug."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.records: list[tuple[int, dict[str, float]]] = []
+        self._stop_at = stop_at
+
+    def log(self, values: Mapping[str, float], *, step: int, stage: str) -> None:
+        assert stage == "rl"
+        self.records.append((step, dict(values)))
+        if step == self._stop_at and "eval/pass@1" not in values:
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        pass
+
+    def learned(self) -> list[tuple[int, dict[str, float]]]:
+        """What was computed, without what was timed."""
+        return [
+            (step, {k: v for k, v in values.items() if not k.startswith(("timing_s", "perf"))})
+            for step, values in self.records
+            if "policy/loss" in values
+        ]
+
+
+@pytest.mark.parametrize("name", ["tiny_cpu", "diffucoder_7b", "stable_diffcoder_8b"])
+def test_dry_run_of_shipped_configs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke("--config", CONFIGS / f"{name}.yaml", "--dry-run", "run.seed=5")
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load(result.stdout)["run"]["seed"] == 5
+    assert "model.path" in result.stderr
+    assert "is not there" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_address_means_ray(config_file: Path) -> None:
+    result = invoke("--config", config_file, "--dry-run", "--address", "10.0.0.1:6379")
+    values = yaml.safe_load(result.stdout)
+    assert values["cluster"]["kind"] == "ray"
+    assert values["cluster"]["address"] == "10.0.0.1:6379"
+
+
+def test_a_run_from_nothing_to_an_exported_model(config_file: Path, checkpoint: Path) -> None:
+    result = invoke("--config", config_file)
+    assert result.exit_code == 0, result.output
+    run = config_file.parent / "run"
+    assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["total_steps"] == 8
+    assert (run / "rl" / "latest").read_text() == "global_step_4\n"
+    assert (run / "rl" / "global_step_2" / "state.json").is_file()
+    records = read_metrics(run / "metrics.jsonl")
+    assert [r["step"] for r in records if "policy/loss" in r] == [1, 2, 3, 4]
+    assert [r["step"] for r in records if "eval/pass@1" in r] == [2, 4]
+    assert all(r["perf/tokens_per_s"] > 0 for r in records if "policy/loss" in r)
+    assert {r["stage"] for r in records} == {"rl"}
+    before, after = weights(checkpoint), weights(run / "rl" / "hf")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    again = invoke("--config", config_file)
+    assert again.exit_code == 0
+    assert "nothing to do" in again.output
+    assert len(read_metrics(run / "metrics.jsonl")) == len(records)
+
+
+def test_straight_equals_interrupted_and_resumed(config_file: Path) -> None:
+    """Bit for bit in parameters and metrics, also when Ctrl-C falls between two checkpoints."""
+    there, here = config_file.parent / "straight", config_file.parent / "halves"
+    straight = Notes()
+    run_training(
+        load_train_config(config_file, [f"run.folder={there}"]), straight, SilentProgress()
+    )
+    config = load_train_config(config_file, [f"run.folder={here}"])
+    first, second = Notes(stop_at=3), Notes()
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config, first, SilentProgress())
+    latest = Checkpoints(here).latest()
+    assert latest is not None
+    state = run_training(config, second, SilentProgress())
+    assert state.step == 4
+    done = int(latest.name.removeprefix("global_step_"))
+    kept = [record for record in first.learned() if record[0] <= done]
+    assert kept + second.learned() == straight.learned()
+    ours, theirs = weights(here / "rl" / "hf"), weights(there / "rl" / "hf")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_interrupt_closes_the_cluster(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    make = rl.train.make_cluster
+
+    def watched(config: Any) -> Any:
+        cluster: Any = make(config)
+        close = cluster.close
+
+        def note_and_close() -> None:
+            closed.append(True)
+            close()
+
+        cluster.close = note_and_close
+        return cluster
+
+    monkeypatch.setattr(rl.train, "make_cluster", watched)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(load_train_config(config_file), Notes(stop_at=1), SilentProgress())
+    assert closed == [True]
+
+
+def write_rows(path: Path, *rows: Any) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def no_column(folder: Path) -> list[str]:
+    write_rows(folder / "bad.jsonl", {"question": "x"})
+    return [f"data.train={folder / 'bad.jsonl'}"]
+
+
+def empty_tests(folder: Path) -> list[str]:
+    write_rows(folder / "bad.jsonl", {"prompt": "x", "tests": []})
+    return [f"data.train={folder / 'bad.jsonl'}"]
+
+
+def long_prompt(folder: Path) -> list[str]:
+    rows = [{"prompt": text, "tests": ["assert True"]} for text in ("short", "long " * 200)]
+    write_rows(folder / "bad.jsonl", *rows)
+    return [f"data.train={folder / 'bad.jsonl'}"]
+
+
+def no_diffusion_json(folder: Path) -> list[str]:
+    other = folder / "plain"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    return [f"model.path={other}"]
+
+
+def other_tokenizer(folder: Path) -> list[str]:
+    source = Path(yaml.safe_load((folder / "config.yaml").read_text())["model"]["path"])
+    mixed = folder / "mixed"
+    mixed.mkdir()
+    for file in source.iterdir():
+        (mixed / file.name).write_bytes(file.read_bytes())
+    texts = ["a quite different text about many other things, with longer words"] * 9
+    train_tokenizer(texts, vocab_size=300).save_pretrained(mixed)
+    return [f"model.path={mixed}"]
+
+
+def another_run_there(folder: Path) -> list[str]:
+    step = folder / "run" / "rl" / "global_step_2"
+    step.mkdir(parents=True)
+    state = {"step": 2, "policy_version": 1, "run_seed": 99, "code_version": "", "pending": []}
+    (step / "state.json").write_text(json.dumps(state))
+    return []
+
+
+def override(text: str) -> Callable[[Path], list[str]]:
+    return lambda folder: [text]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "named"),
+    [
+        (override("model.path=/nowhere"), "/nowhere"),
+        (override("data.train=/nowhere.jsonl"), "data.train: /nowhere.jsonl"),
+        (override("data.test=/nowhere.jsonl"), "data.test: /nowhere.jsonl"),
+        (override("rollout.prompts_per_step=7"), "batch of 7"),
+        (override("rollout.decoding.gen_length=6"), "rollout.decoding.gen_length"),
+        (
+            override("rollout.decoding={gen_length: 8, block_size: 8}"),
+            "rollout.decoding.block_size",
+        ),
+        (override("reward.functions=[{path: /nowhere.py:f, weight: 1.0}]"), "/nowhere.py"),
+        (override("run.resume=/nowhere"), "run.resume=/nowhere"),
+        (no_column, "bad.jsonl, line 1"),
+        (empty_tests, "bad.jsonl, line 1"),
+        (long_prompt, "data.prompt_limit"),
+        (no_diffusion_json, "diffusion.json"),
+        (other_tokenizer, "mixes two checkpoints"),
+        (another_run_there, "run.seed=99"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""),
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    config_file: Path, break_it: Callable[[Path], list[str]], named: str
+) -> None:
+    overrides = break_it(config_file.parent)
+    before = sorted((config_file.parent / "run").rglob("*"))
+    result = invoke("--config", config_file, *overrides)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("unmask: ")
+    assert named in lines[0]
+    assert sorted((config_file.parent / "run").rglob("*")) == before
+
+
+def test_a_finished_run_is_not_overwritten(config_file: Path) -> None:
+    run_training(load_train_config(config_file, ["train.steps=1"]), Notes(), SilentProgress())
+    result = invoke("--config", config_file, "run.resume=never")
+    assert result.exit_code == 2
+    assert "run.resume=never" in result.stderr
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(config_file: Path) -> None:
+    config = load_train_config(config_file, ["train.steps=2"])
+    run_training(config, Notes(), SilentProgress())
+    latest = Checkpoints(config.run.path).latest()
+    assert latest is not None
+    for file in (latest / "policy").glob("*.pt"):
+        file.write_bytes(file.read_bytes()[:100])
+    result = invoke("--config", config_file)
+    assert result.exit_code == 2, result.output
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("unmask: ")
+    assert "global_step_2: cannot be loaded" in last
+
+
+def test_a_lost_export_is_made_again(config_file: Path) -> None:
+    config = load_train_config(config_file, ["train.steps=1"])
+    run_training(config, Notes(), SilentProgress())
+    (config.run.path / "rl" / "hf" / "training_step.json").unlink()
+    notes = Notes()
+    run_training(config, notes, SilentProgress())
+    assert (config.run.path / "rl" / "hf" / "training_step.json").is_file()
+    assert notes.records == []
+
+
+def test_infrastructure_errors_end_with_the_root_cause(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(config: Any) -> Any:
+        try:
+            raise MemoryError("the kernel said no")
+        except MemoryError as error:
+            raise InfrastructureError("learner-0 died, see logs") from error
+
+    monkeypatch.setattr(rl.train, "make_cluster", broken)
+    result = invoke("--config", config_file)
+    assert result.exit_code == 3
+    assert result.stderr.splitlines()[-1] == "unmask: root cause: MemoryError: the kernel said no"
+
+
+def test_preparing_starts_nothing(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rl.train, "make_cluster", None)
+    job = prepare(load_train_config(config_file))
+    assert len(job.test) == 2
+    assert job.resume_from is None
+    assert not (config_file.parent / "run").exists()

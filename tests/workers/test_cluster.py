@@ -1,0 +1,259 @@
+"""Local = Ray, 1 worker = 2 workers, 1 rank = 2 ranks; deaths; what is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.errors import InfrastructureError, UserError
+from common.records import Group, Problem
+from models.decoding import DecodingConfig
+from rl.config import TrainConfig
+from workers.cluster import RayCluster, RayWeightStore, split_evenly
+from workers.local import LocalCluster
+
+ROOT = Path(__file__).resolve().parents[2]
+MakeConfig = Callable[..., TrainConfig]
+SMALL = {"num_cpus": 0.1}
+GREEDY = DecodingConfig(gen_length=8, temperature=0.0)
+
+
+@pytest.fixture
+def ray_config(make_config: MakeConfig) -> MakeConfig:
+    def make(rollouts: int = 1, ranks: int = 1, **sections: Any) -> TrainConfig:
+        cluster = {
+            "kind": "ray",
+            "rollout": SMALL | {"min": rollouts, "max": rollouts},
+            "learner": SMALL | {"ranks": ranks},
+        }
+        return make_config(**{"cluster": cluster, **sections})
+
+    return make
+
+
+@pytest.fixture
+def open_cluster(ray_started: None) -> Iterator[Callable[..., RayCluster]]:
+    opened: list[RayCluster] = []
+
+    def make(config: TrainConfig, **options: Any) -> RayCluster:
+        opened.append(RayCluster(config, **options))
+        return opened[-1]
+
+    yield make
+    for cluster in opened:
+        cluster.close()
+
+
+def a_run(cluster: Any, problems: list[Problem], folder: Path) -> dict[str, Any]:
+    """Two steps of RL, an evaluation, an export: all that a cluster can do."""
+    versions, rollouts, metrics = [], [], []
+    for step in range(2):
+        versions.append(cluster.sync_weights())
+        groups = cluster.score(cluster.generate(problems, seed=step).result(120)).result(120)
+        rollouts.append(groups)
+        metrics.append(cluster.update(groups, step))
+    versions.append(cluster.sync_weights())
+    evaluated = cluster.evaluate(problems, GREEDY, 1, seed=7).result(120)
+    cluster.export(folder / "hf")
+    return {
+        "versions": versions,
+        "rollouts": rollouts,
+        "metrics": metrics,
+        "evaluated": evaluated,
+        "weights": load_file(folder / "hf" / "model.safetensors"),
+    }
+
+
+def assert_equal_runs(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours["versions"] == theirs["versions"] == [1, 2, 3]
+    for name in ("rollouts", "evaluated"):
+        assert _facts(ours[name]) == _facts(theirs[name]), name
+    for found, expected in zip(ours["metrics"], theirs["metrics"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    for name, value in ours["weights"].items():
+        torch.testing.assert_close(value, theirs["weights"][name], rtol=1e-3, atol=1e-4)
+
+
+def _facts(groups: Any) -> Any:
+    """Everything but confidences, which are floats and differ in their last bits."""
+    if isinstance(groups, list):
+        return [_facts(group) for group in groups]
+    assert isinstance(groups, Group)
+    return [replace(r, completion=replace(r.completion, confidences=())) for r in groups.rollouts]
+
+
+@pytest.fixture(scope="module")
+def local_run() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def expected(
+    local_run: dict[str, Any], make_config: MakeConfig, problems: list[Problem], tmp_path: Path
+) -> dict[str, Any]:
+    """The local cluster's run, worked out once."""
+    if not local_run:
+        cluster = LocalCluster(make_config())
+        local_run.update(a_run(cluster, problems, tmp_path / "local"))
+        cluster.close()
+    return local_run
+
+
+def test_split_evenly() -> None:
+    assert split_evenly([1, 2, 3, 4, 5], 2) == [[1, 2, 3], [4, 5]]
+    assert split_evenly([1], 3) == [[1], [], []]
+    assert split_evenly([], 2) == [[], []]
+
+
+def test_local_run_learns_and_syncs(expected: dict[str, Any]) -> None:
+    assert [r.policy_version for r in expected["rollouts"][1][0].rollouts] == [2] * 4
+    assert expected["rollouts"][0][0].rollouts[0].score.total is not None
+    assert expected["metrics"][0]["update/optimizer_steps"] == 2.0
+
+
+def test_local_errors_are_in_the_future(make_config: MakeConfig, problems: list[Problem]) -> None:
+    cluster = LocalCluster(make_config(), with_learner=False)
+    bad = DecodingConfig(gen_length=7)
+    with pytest.raises(UserError, match="gen_length"):
+        cluster.evaluate(problems, bad, 1, seed=0).result()
+
+
+@pytest.mark.ray
+def test_ray_equals_local(
+    expected: dict[str, Any],
+    ray_config: MakeConfig,
+    open_cluster: Callable[..., RayCluster],
+    problems: list[Problem],
+    tmp_path: Path,
+) -> None:
+    cluster = open_cluster(ray_config())
+    assert_equal_runs(a_run(cluster, problems, tmp_path / "ray"), expected)
+    logs = sorted(path.name for path in (tmp_path / "logs").iterdir())
+    assert logs == ["learner-0.log", "reward-0.log", "rollout-0.log", "weights.log"]
+
+
+@pytest.mark.ray
+def test_two_rollout_workers_and_two_ranks_equal_one(
+    expected: dict[str, Any],
+    ray_config: MakeConfig,
+    open_cluster: Callable[..., RayCluster],
+    problems: list[Problem],
+    tmp_path: Path,
+) -> None:
+    cluster = open_cluster(ray_config(rollouts=2, ranks=2, engine={"zero_stage": 3}))
+    assert_equal_runs(a_run(cluster, problems, tmp_path / "ray"), expected)
+    # A dead rank is named, not the peer that noticed.
+    os.kill(cluster.pids["learner-1"], signal.SIGKILL)
+    with pytest.raises(InfrastructureError, match=r"learner-1 failed in `update`"):
+        cluster.update(expected["rollouts"][0], 2)
+
+
+@pytest.mark.ray
+def test_a_killed_rollout_worker_answers_with_the_newest_weights(
+    ray_config: MakeConfig,
+    open_cluster: Callable[..., RayCluster],
+    scored_groups: list[Group],
+    problems: list[Problem],
+    tmp_path: Path,
+) -> None:
+    cluster = open_cluster(ray_config(rollouts=2))
+    cluster.update(scored_groups, 0)
+    version = cluster.sync_weights()
+    before = cluster.generate(problems, seed=1).result(120)
+    under_way = cluster.generate(problems, seed=1)
+    os.kill(cluster.pids["rollout-0"], signal.SIGKILL)
+    assert under_way.result(120) == before
+    assert {r.policy_version for group in before for r in group.rollouts} == {version}
+    # And the reward worker likewise.
+    os.kill(cluster.pids["reward-0"], signal.SIGKILL)
+    assert len(cluster.score(before).result(120)) == len(problems)
+    # The learner is a gang: its death ends the run, and says where to look.
+    os.kill(cluster.pids["learner-0"], signal.SIGKILL)
+    with pytest.raises(InfrastructureError, match=r"learner-0 failed in `update`.*learner-0\.log"):
+        cluster.update(scored_groups, 1)
+
+
+@pytest.mark.ray
+def test_weights_over_ray(ray_started: None, tmp_path: Path) -> None:
+    from functools import partial
+
+    from workers.placement import launch, ray, wait
+    from workers.shelf import WeightShelf
+
+    log = tmp_path / "weights.log"
+    build = partial(WeightShelf, 2, 0)
+    shelf = launch("weights", log, build, run=tmp_path.name, num_cpus=0, local=False)
+    store = RayWeightStore(tmp_path.name, log, timeout_s=60)
+    assert store.newest() == 0
+    for version in (1, 2, 3):
+        store.publish(version, [{"a": torch.full((4,), version)}, {"b": torch.ones(2, 2)}, {}])
+    assert store.newest() == 3
+    version, state = store.fetch(2)
+    assert (version, list(state), state["a"].tolist()) == (2, ["a", "b"], [2, 2, 2, 2])
+    with pytest.raises(InfrastructureError, match=r"no version 1; the store holds \[2, 3\]"):
+        store.fetch(1)
+    wait([shelf.call("publish", 4, [ray.put({"a": torch.zeros(4)})], 12345)], 60)
+    with pytest.raises(InfrastructureError, match="version 4 arrived damaged"):
+        store.fetch()
+    ray.kill(shelf.handle)
+
+
+@pytest.mark.ray
+def test_bad_input_of_a_worker_ends_the_start(
+    ray_config: MakeConfig, ray_started: None, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: no config\.json there"):
+        RayCluster(ray_config(model={"path": str(tmp_path / "empty")}))
+
+
+SCRIPT = """
+import os, signal, sys, time, psutil
+from pydantic import TypeAdapter
+from common.records import Problem
+from rl.config import TrainConfig
+from workers.cluster import RayCluster
+
+config = TypeAdapter(TrainConfig).validate_json(sys.argv[1])
+cluster = RayCluster(config, with_learner=False)
+problems = [Problem(problem_id="p", prompt="x")]
+try:
+    os.killpg(0, signal.SIGINT)  # what a terminal's Ctrl-C does
+    raise SystemExit("no interrupt")
+except KeyboardInterrupt:
+    pass  # workers live on: the loop wants to save before it ends
+[group] = cluster.generate(problems, 0).result(60)
+assert len(group.rollouts) == 4
+family = psutil.Process().children(recursive=True)
+assert set(cluster.pids.values()) <= {process.pid for process in family}
+cluster.close()
+cluster.close()
+_, alive = psutil.wait_procs(family, timeout=10)
+assert not alive, alive
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_cluster_of_its_own_is_silent_survives_ctrl_c_and_leaves_nothing(
+    ray_config: MakeConfig,
+) -> None:
+    config = ray_config().model_dump_json()
+    found = subprocess.run(
+        [sys.executable, "-c", SCRIPT, config],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        start_new_session=True,
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")

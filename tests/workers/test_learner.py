@@ -1,0 +1,92 @@
+"""One learner rank without Ray: update, publish, save, load, export."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.errors import UserError
+from common.records import Group
+from models.checkpoint import load_checkpoint
+from rl.config import TrainConfig
+from workers.learner import LearnerPlan, LearnerWorker
+from workers.weights import LocalWeightStore
+
+MakeConfig = Callable[..., TrainConfig]
+
+
+def learner(config: TrainConfig) -> tuple[LearnerWorker, LocalWeightStore]:
+    store = LocalWeightStore()
+    worker = LearnerWorker(LearnerPlan.of(config), store)
+    worker.start()
+    return worker, store
+
+
+def weights(store: LocalWeightStore) -> dict[str, torch.Tensor]:
+    return store.fetch()[1]
+
+
+def test_update_moves_what_is_published(
+    make_config: MakeConfig, scored_groups: list[Group], checkpoint_folder: Path
+) -> None:
+    worker, store = learner(make_config())
+    assert worker.publish(1) == 1
+    start = dict(load_checkpoint(checkpoint_folder).denoiser.model.named_parameters())
+    assert list(weights(store)) == list(start)
+    assert all(torch.equal(value, start[name]) for name, value in weights(store).items())
+    metrics = worker.update(scored_groups, step=0)
+    assert metrics["update/optimizer_steps"] == 2.0
+    assert metrics["policy/grad_norm"] > 0
+    old = weights(store)
+    worker.publish(2)
+    assert not torch.equal(weights(store)["model.norm.weight"], old["model.norm.weight"])
+
+
+@pytest.mark.parametrize("engine", [{"kind": "torch"}, {"zero_stage": 2}, {"zero_stage": 3}])
+def test_engines_agree(
+    make_config: MakeConfig, scored_groups: list[Group], engine: dict[str, object]
+) -> None:
+    ours, our_store = learner(make_config(engine=engine))
+    theirs, their_store = learner(make_config())
+    for step in range(2):
+        found, expected = ours.update(scored_groups, step), theirs.update(scored_groups, step)
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    ours.publish(1), theirs.publish(1)
+    for name, value in weights(our_store).items():
+        torch.testing.assert_close(value, weights(their_store)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_save_and_load_continue_exactly(
+    make_config: MakeConfig, scored_groups: list[Group], tmp_path: Path
+) -> None:
+    straight, straight_store = learner(make_config())
+    straight.update(scored_groups, 0)
+    straight.save(tmp_path / "step")
+    resumed, resumed_store = learner(make_config())
+    resumed.load(tmp_path / "step")
+    assert resumed.update(scored_groups, 1) == straight.update(scored_groups, 1)
+    straight.publish(1), resumed.publish(1)
+    for name, value in weights(straight_store).items():
+        assert torch.equal(value, weights(resumed_store)[name]), name
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_export_loads_in_stock_transformers(
+    make_config: MakeConfig, scored_groups: list[Group], tmp_path: Path, stage: int
+) -> None:
+    worker, store = learner(make_config(engine={"zero_stage": stage}))
+    worker.update(scored_groups, 0)
+    worker.publish(1)
+    worker.export(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    for name, value in weights(store).items():
+        assert torch.equal(dict(model.named_parameters())[name], value), name
+    assert load_checkpoint(tmp_path / "hf").spec.block_size == 4
+
+
+def test_two_ranks_need_a_meeting_point(make_config: MakeConfig) -> None:
+    plan = LearnerPlan.of(make_config())
+    with pytest.raises(UserError, match=r"cluster\.kind=ray"):
+        LearnerWorker(plan, LocalWeightStore(), rank=0, world_size=2).start()

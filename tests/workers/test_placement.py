@@ -1,0 +1,217 @@
+"""Joining, starting, waiting: the errors people will meet. What needs a running Ray is marked."""
+
+import inspect
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray._private.worker as ray_worker
+from ray import cloudpickle
+
+from common.errors import InfrastructureError, UserError
+from workers import placement
+from workers.placement import Actor, check_fits, connect, find, is_secret, launch, wait
+
+
+class Parrot:
+    """A worker for tests."""
+
+    def __init__(self, word: str = "hello") -> None:
+        if word == "bad":
+            raise UserError("parrot.word: bad is no word; use another")
+        self.word = word
+
+    def say(self) -> str:
+        print(f"saying {self.word}")
+        return self.word
+
+    def sleep(self, seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ)
+
+    def fail(self) -> None:
+        raise ValueError("no seed left")
+
+    def refuse(self) -> None:
+        raise UserError("parrot.seed: none left; buy some")
+
+
+@pytest.fixture
+def start(ray_started: None, tmp_path: Path) -> Iterator[Callable[..., Actor]]:
+    # By value: the actors cannot import this file.
+    this = sys.modules[Parrot.__module__]
+    cloudpickle.register_pickle_by_value(this)
+
+    def make(word: str = "hello", **options: Any) -> Actor:
+        options = {"num_cpus": 0.0, "run": tmp_path.name, "local": False} | options
+        log = tmp_path / "logs" / "parrot-0.log"
+        return launch("parrot-0", log, partial(Parrot, word), **options)
+
+    yield make
+    cloudpickle.unregister_pickle_by_value(this)
+
+
+# Without Ray
+
+
+def test_address_where_nobody_listens() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"cluster.address={address}: nobody answers there"):
+        placement._join(address)
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize(
+    ("address", "message"), [("ray://head:10001", "Ray Client"), ("head", "give host:port")]
+)
+def test_address_of_another_kind(address: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        placement._join(address)
+
+
+def test_no_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "SHM", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"nowhere: no shared memory.*cluster\.kind=local"):
+        placement._object_store(0)
+
+
+def test_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="MiB free, Ray needs .* MiB"):
+        placement._object_store(weight_bytes=10**15)
+
+
+def test_object_store_grows_with_the_model() -> None:
+    assert placement._object_store(4_000_000) == placement.MIN_OBJECT_STORE
+    weights = 100 * placement.MIB
+    assert placement._object_store(weights) == 4 * weights + 100 * placement.MIB
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("HF_TOKEN", True),
+        ("WANDB_API_KEY", True),
+        ("AWS_SECRET_ACCESS_KEY", True),
+        ("OPENAI_API_KEY", True),
+        ("db_password", True),
+        ("PATH", False),
+        ("OMP_NUM_THREADS", False),
+        ("RAY_AUTH_TOKEN_PATH", False),  # Ray's own processes need it to talk
+    ],
+)
+def test_secret_names(name: str, secret: bool) -> None:
+    assert is_secret(name) is secret
+
+
+# With Ray
+
+
+@pytest.mark.ray
+def test_connected_processes_stay_connected(ray_started: None) -> None:
+    assert connect(None, logical_cpus=1, weight_bytes=0) is False
+
+
+@pytest.mark.ray
+def test_output_goes_to_the_log_only(
+    start: Callable[..., Actor], capfd: pytest.CaptureFixture[str]
+) -> None:
+    actor = start("polly")
+    assert wait([actor.call("say"), actor.call("say")], 60) == ["polly", "polly"]
+    assert actor.log.read_text() == "saying polly\n" * 2
+    out, error = capfd.readouterr()
+    assert "polly" not in out + error
+
+
+def test_raylet_remarks_are_still_switched_off_by_this_name() -> None:
+    """A private name of Ray: if it goes, a restart would write on stdout."""
+    assert "if not _worker_logs_enabled" in inspect.getsource(ray_worker.print_worker_logs)
+
+
+@pytest.mark.ray
+def test_bad_input_arrives_as_it_was_raised(start: Callable[..., Actor]) -> None:
+    with pytest.raises(UserError) as caught:
+        wait([start("bad").ask("ready")], 60)
+    assert str(caught.value) == "parrot.word: bad is no word; use another"
+    with pytest.raises(UserError) as caught:
+        wait([start(run="other").call("refuse")], 60)
+    assert str(caught.value) == "parrot.seed: none left; buy some"
+
+
+@pytest.mark.ray
+def test_failure_names_actor_method_cause_and_log(start: Callable[..., Actor]) -> None:
+    actor = start()
+    expected = r"parrot-0 failed in `fail`: ValueError: no seed left; its log is .*parrot-0\.log"
+    with pytest.raises(InfrastructureError, match=expected):
+        wait([actor.call("fail")], 60)
+
+
+@pytest.mark.ray
+def test_waiting_ends(start: Callable[..., Actor]) -> None:
+    actor = start()
+    wait([actor.ask("ready")], 60)
+    with pytest.raises(InfrastructureError, match="parrot-0 did not finish `sleep` within 0.5 s"):
+        wait([actor.call("sleep", 30)], 0.5)
+
+
+@pytest.mark.ray
+def test_death_without_restart(start: Callable[..., Actor]) -> None:
+    actor = start()
+    pid = wait([actor.ask("ready")], 60)[0]
+    call = actor.call("sleep", 30)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(InfrastructureError, match="parrot-0 failed in `sleep`.*parrot-0.log"):
+        wait([call], 60)
+
+
+@pytest.mark.ray
+def test_restart_repeats_what_was_under_way(start: Callable[..., Actor]) -> None:
+    actor = start(restarts=True)
+    pid = wait([actor.ask("ready")], 60)[0]
+    call = actor.call("sleep", 1.0)
+    time.sleep(0.3)
+    os.kill(pid, signal.SIGKILL)
+    assert wait([call], 60) == [1.0]
+    assert wait([actor.ask("ready")], 60) != [pid]
+
+
+@pytest.mark.ray
+def test_environment_of_an_actor(
+    start: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    found = wait([start(secrets=False, threads=3).call("environment")], 60)[0]
+    assert "WANDB_API_KEY" not in found
+    assert found["CUDA_VISIBLE_DEVICES"] == ""
+    assert found["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.ray
+def test_finding_by_name(start: Callable[..., Actor], tmp_path: Path) -> None:
+    actor = start("polly")
+    wait([actor.ask("ready")], 60)
+    assert wait([find(tmp_path.name, "parrot-0", actor.log).call("say")], 60) == ["polly"]
+    with pytest.raises(InfrastructureError, match="parrot-9 is gone"):
+        find(tmp_path.name, "parrot-9", actor.log)
+
+
+@pytest.mark.ray
+def test_impossible_placement(ray_started: None) -> None:
+    check_fits({"rollout": {"CPU": 0.5}, "learner": {"CPU": 0.5}})
+    expected = r"asks for 1e\+06 CPU \(rollout 1e\+06, learner 0\) but Ray has"
+    with pytest.raises(UserError, match=expected):
+        check_fits({"rollout": {"CPU": 1e6}, "learner": {"CPU": 0.0}})
+    with pytest.raises(UserError, match=r"asks for 99 GPU .*lower cluster\.\*\.num_gpus"):
+        check_fits({"learner": {"GPU": 99.0}})

@@ -1,0 +1,1 @@
+"""The processes: rollout, reward, learner, weights. Only workers.cluster imports Ray."""

@@ -1,0 +1,128 @@
+"""One rank of the learner: engine, optional reference policy, updates, publishing. Not the maths.
+
+A plain class; `workers.cluster` wraps each rank in an actor. Building is in two steps because the
+ranks must meet at an address that is known only once rank 0 has a machine.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.errors import UserError
+from common.records import Group
+from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from models.engine import Engine, EngineConfig, OptimConfig, make_engine
+from rl.update import AlgorithmConfig, PolicyUpdater
+from workers.weights import WeightStore
+
+if TYPE_CHECKING:
+    from rl.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerPlan:
+    """What every rank of the learner needs to know."""
+
+    checkpoint_folder: Path
+    engine: EngineConfig
+    optim: OptimConfig
+    algorithm: AlgorithmConfig
+    run_seed: int
+
+    @staticmethod
+    def of(config: "TrainConfig") -> "LearnerPlan":
+        """The learner's part of a training configuration."""
+        return LearnerPlan(
+            checkpoint_folder=Path(config.model.path).resolve(),
+            engine=config.engine,
+            optim=config.optim,
+            algorithm=config.algorithm,
+            run_seed=config.run.seed,
+        )
+
+
+class LearnerWorker:
+    """Rank `rank` of `world_size`. Every method is called on all ranks at once."""
+
+    _engine: Engine
+    _checkpoint: Checkpoint
+    _updater: PolicyUpdater
+
+    def __init__(
+        self,
+        plan: LearnerPlan,
+        weights: WeightStore,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int | None = None,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._plan = plan
+        self._weights = weights
+        self._rank = rank
+        self._world_size = world_size
+
+    def start(self, master: tuple[str, int] | None = None) -> int:
+        """Load the checkpoint and build the engine; returns the process id.
+
+        Args:
+            master: host and free port of rank 0's machine; one rank needs none.
+
+        Raises:
+            UserError: a checkpoint or configuration that cannot work.
+        """
+        plan = self._plan
+        if master is not None:
+            os.environ.update(MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
+        elif self._world_size > 1:
+            raise UserError("learner.ranks: more than one rank needs cluster.kind=ray")
+        self._checkpoint = load_checkpoint(plan.checkpoint_folder)
+        self._engine = make_engine(
+            self._checkpoint.denoiser, plan.engine, plan.optim, self._rank, self._world_size
+        )
+        reference = None
+        if plan.algorithm.beta > 0:
+            reference = load_checkpoint(plan.checkpoint_folder, device=self._engine.device).denoiser
+        self._updater = PolicyUpdater(
+            self._engine, reference, self._checkpoint.spec, plan.algorithm, plan.run_seed
+        )
+        return os.getpid()
+
+    def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        """One policy update on the whole batch (each rank takes its share)."""
+        return self._updater.update(groups, step)
+
+    def publish(self, version: int) -> int:
+        """Put the current policy into the store as `version`."""
+        buckets = self._engine.state_buckets()
+        if self._rank == 0:
+            self._weights.publish(version, buckets)
+        for _ in buckets:  # the other ranks only take part in the gathering
+            pass
+        return version
+
+    def save(self, folder: Path) -> None:
+        """Write `policy/` (and a reference that moves) into `folder`."""
+        self._updater.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote."""
+        self._updater.load(folder)
+
+    def export(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder with its tokenizer and `diffusion.json`."""
+        state = {k: v for bucket in self._engine.state_buckets() for k, v in bucket.items()}
+        if self._rank == 0:
+            checkpoint = self._checkpoint
+            model = checkpoint.denoiser.model
+            save_checkpoint(folder, model, checkpoint.tokenizer, checkpoint.spec, state)
+
+    def close(self) -> None:
+        """Leave the gang."""
+        if hasattr(self, "_engine"):
+            self._engine.close()

@@ -1,0 +1,106 @@
+"""All workers in this process: the shipped fake of `workers.cluster`, and enough for a laptop.
+
+Not a simulation: the same worker classes do the same work, one call after another, so futures are
+done when they are returned. Equal seeds give the results of `RayCluster`.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from common.records import Group, Problem
+from models.decoding import DecodingConfig
+from rl.config import TrainConfig
+from workers.learner import LearnerPlan, LearnerWorker
+from workers.reward import RewardWorker
+from workers.rollout import RolloutWorker, rollout_dtype
+from workers.weights import INITIAL_VERSION, LocalWeightStore
+
+
+class LocalCluster:
+    """A `rl.loop.Cluster` of one process.
+
+    Args:
+        config: the run.
+        with_learner: False serves only `generate`, `score` and `evaluate`, and costs less.
+    """
+
+    def __init__(self, config: TrainConfig, with_learner: bool = True) -> None:
+        self._config = config
+        self._weights = LocalWeightStore()
+        self._version = INITIAL_VERSION
+        # Rollouts may come from another thread than evaluations; weights change in between only.
+        self._decoding = threading.Lock()
+        self._reward = RewardWorker(config.reward)
+        self._rollout = RolloutWorker(
+            Path(config.model.path),
+            config.rollout.decoding,
+            self._weights,
+            dtype=rollout_dtype(config.engine),
+        )
+        self._learner = LearnerWorker(LearnerPlan.of(config), self._weights)
+        if with_learner:
+            self._learner.start()
+
+    def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]:
+        """See `rl.loop.Cluster`."""
+        return _done(lambda: self._generate(problems, seed, self._config.rollout.group_size))
+
+    def score(self, groups: Sequence[Group]) -> Future[list[Group]]:
+        """See `rl.loop.Cluster`."""
+        return _done(lambda: self._reward.score(groups))
+
+    def evaluate(
+        self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
+    ) -> Future[list[Group]]:
+        """See `rl.loop.Cluster`."""
+        return _done(
+            lambda: self._reward.score(self._generate(problems, seed, group_size, decoding))
+        )
+
+    def _generate(
+        self,
+        problems: Sequence[Problem],
+        seed: int,
+        group_size: int,
+        decoding: DecodingConfig | None = None,
+    ) -> list[Group]:
+        with self._decoding:
+            return self._rollout.generate(problems, seed, group_size, decoding, self._version)
+
+    def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        """See `rl.loop.Cluster`."""
+        return self._learner.update(groups, step)
+
+    def sync_weights(self) -> int:
+        """See `rl.loop.Cluster`."""
+        self._version = self._learner.publish(self._version + 1)
+        return self._version
+
+    def save(self, folder: Path) -> None:
+        """See `rl.loop.Cluster`."""
+        self._learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """See `rl.loop.Cluster`. Call `sync_weights` before the next rollout."""
+        self._learner.load(folder)
+
+    def export(self, folder: Path) -> None:
+        """See `rl.loop.Cluster`."""
+        self._learner.export(folder)
+
+    def close(self) -> None:
+        """See `rl.loop.Cluster`."""
+        self._reward.close()
+        self._learner.close()
+
+
+def _done(work: Callable[[], list[Group]]) -> Future[list[Group]]:
+    """A future that has its result, or its exception, already. Ctrl-C is nobody's result."""
+    future: Future[list[Group]] = Future()
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
+    return future

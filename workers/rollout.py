@@ -1,0 +1,101 @@
+"""The rollout worker: problems in, whole groups of completions out. Not the decoder itself.
+
+A plain class; `workers.cluster` wraps it in an actor. It pulls the newest weights when it is built
+and before it serves, so one that joins late or restarts cannot answer with an old policy.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from common.errors import InfrastructureError
+from common.records import Group, Problem, Rollout
+from common.seeding import derive_seed
+from models.checkpoint import load_checkpoint
+from models.decoding import Decoder, DecodingConfig, Request
+from models.engine import EngineConfig
+from models.tokenizer import encode_prompt
+from workers.weights import INITIAL_VERSION, WeightStore, load_into
+
+
+def rollout_dtype(config: EngineConfig) -> torch.dtype:
+    """Decode with the very numbers that the learner's forward pass uses."""
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+class RolloutWorker:
+    """Decodes with the newest published policy.
+
+    Args:
+        checkpoint_folder: architecture, tokenizer and the weights of version 0.
+        decoding: how to decode unless a call says otherwise.
+        weights: the store to pull from.
+        threads: of torch in this process; None leaves them alone.
+        dtype: of the weights here.
+    """
+
+    def __init__(
+        self,
+        checkpoint_folder: Path,
+        decoding: DecodingConfig,
+        weights: WeightStore,
+        threads: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        checkpoint = load_checkpoint(checkpoint_folder, dtype=dtype, device=device)
+        self._decoder = Decoder(checkpoint.denoiser, checkpoint.tokenizer)
+        self._decoding = decoding
+        self._weights = weights
+        self._version = INITIAL_VERSION
+        self._pull()
+
+    def generate(
+        self,
+        problems: Sequence[Problem],
+        seed: int,
+        group_size: int,
+        decoding: DecodingConfig | None = None,
+        at_least: int = INITIAL_VERSION,
+    ) -> list[Group]:
+        """`group_size` completions of every problem, in the order of `problems`.
+
+        Each request's seed is a function of (seed, problem id, sample index): who else is in the
+        batch, or on which worker, does not matter.
+
+        Raises:
+            InfrastructureError: the store has no version as new as `at_least`.
+        """
+        self._pull()
+        if self._version < at_least:
+            raise InfrastructureError(
+                f"weights: version {at_least} was promised, the store's newest is {self._version}"
+            )
+        prompts = [encode_prompt(self._decoder.tokenizer, problem.prompt) for problem in problems]
+        seeds = [
+            [derive_seed(seed, problem.problem_id, index) for index in range(group_size)]
+            for problem in problems
+        ]
+        requests = [
+            Request(prompt, one) for prompt, row in zip(prompts, seeds, strict=True) for one in row
+        ]
+        done = iter(self._decoder.decode(requests, decoding or self._decoding))
+        version = self._version
+        groups = []
+        for problem, prompt, row in zip(problems, prompts, seeds, strict=True):
+            name = problem.problem_id
+            rollouts = (
+                Rollout(name, index, prompt, next(done), version, one)
+                for index, one in enumerate(row)
+            )
+            groups.append(Group(problem, tuple(rollouts)))
+        return groups
+
+    def _pull(self) -> None:
+        newest = self._weights.newest()
+        if newest > self._version:
+            self._version, state = self._weights.fetch(newest)
+            load_into(self._decoder.denoiser.model, state)
