@@ -1,4 +1,4 @@
-"""YAML + dotted overrides -> frozen, validated sections. Not a registry: every room declares its own.
+"""YAML + dotted overrides -> frozen, validated sections. Not a registry: rooms declare their own.
 
 Sections near the maths are frozen stdlib dataclasses (so that `diffusion` and `models` import
 without pydantic); pydantic validates them all the same through `__pydantic_config__`.
@@ -61,8 +61,10 @@ def _merged(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         for override in overrides:
             key, _, text = override.partition("=")
             # Not a merge of dot lists: that cannot reach into a list (stages.0.steps=10).
-            OmegaConf.update(merged, key, yaml.safe_load(text), force_add=True)
-        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+            # OmegaConf's own reading of a value: plain YAML takes 1e-4 for text.
+            value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+            OmegaConf.update(merged, key, value, force_add=True)
+        values: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (yaml.YAMLError, OmegaConfBaseException, TypeError, IndexError, ValueError) as error:
         first = " ".join(str(error).splitlines()[0].split())
         raise UserError(f"{path}: {first}") from error

@@ -1,4 +1,4 @@
-"""The two ways a run ends early. Not a hierarchy of every failure: data errors of one sample are values.
+"""The two ways a run ends early. Not a tree of every failure: errors of one sample are values.
 
 `UserError` is bad input: one line that names the key, row or file and the remedy; the command
 line prints it without a traceback and exits 2. `InfrastructureError` is the machine's fault after

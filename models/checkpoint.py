@@ -9,14 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
 from common.errors import UserError
 from models.denoiser import Denoiser
 from models.spec import DiffusionSpec
 from models.tokenizer import check_tokenizer, load_tokenizer
+
+# Bars of a second's work would stand between the user and the one line that an error is.
+hf_logging.disable_progress_bar()
+
+# What transformers raises for a folder or a config that it does not take.
+REFUSALS = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
 
 
 @dataclass(frozen=True)
@@ -53,9 +61,8 @@ def load_checkpoint(
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: cannot load the weights: {reason}") from error
+    except REFUSALS as error:
+        raise UserError(f"{folder}: cannot load the weights: {_line(error)}") from error
     if report["missing_keys"]:  # transformers would go on with random numbers in their place
         names = sorted(report["missing_keys"])
         raise UserError(
@@ -94,10 +101,25 @@ def new_model(architecture: Mapping[str, object], seed: int) -> nn.Module:
     """A freshly initialised stock model; `architecture` is a transformers config with model_type.
 
     The seed is set in a forked generator scope: the caller's global randomness is untouched.
+
+    Raises:
+        UserError: a key or value that this kind of model does not have.
     """
     values = dict(architecture)
     model_type = str(values.pop("model_type"))
-    config = AutoConfig.for_model(model_type, **values)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    try:
+        # transformers keeps keys it does not know, and builds the default beside them.
+        known = AutoConfig.for_model(model_type)
+        unknown = [key for key in values if not hasattr(known, key) and key != "rope_theta"]
+        if unknown:
+            raise UserError(f"architecture.{unknown[0]}: {model_type} has no such key; correct it")
+        config = AutoConfig.for_model(model_type, **values)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    except REFUSALS as error:
+        raise UserError(f"architecture: {_line(error)[:300]}") from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())

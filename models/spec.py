@@ -58,8 +58,8 @@ class DiffusionSpec:
             return DiffusionSpec(**json.loads(path.read_text()))
         except FileNotFoundError:
             raise UserError(
-                f"{path}: missing; a stage of `unmask pretrain` writes it, a plain AR checkpoint "
-                "has none: start `unmask pretrain` from it"
+                f"{path}: missing; a stage of `unmask pretrain` writes it; for a checkpoint from "
+                "elsewhere write mask_token_id, logit_shift, attention and block_size there"
             ) from None
         except (json.JSONDecodeError, TypeError) as error:
             raise UserError(f"{path}: {error}") from error

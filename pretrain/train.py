@@ -1,4 +1,4 @@
-"""Pretraining, stage after stage: `python -m pretrain.train --config F a.b=c`, or `unmask pretrain`.
+"""Pretraining, stage after stage: `python -m pretrain.train --config F a.b=c`.
 
 Files and order only; what a stage does is `pretrain.stages`. Under torchrun or deepspeed the
 ranks share the rows (RANK, WORLD_SIZE); alone it is one process.
@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.config import dump_config, load_config
 from common.errors import UserError
-from common.metrics import Metrics, MetricsConfig, Sink, open_metrics
+from common.metrics import Metrics, Sink, open_metrics
 from common.progress import Progress, SilentProgress, open_progress
 from common.seeding import derive_seed
 from models.checkpoint import load_checkpoint, new_model, save_checkpoint
@@ -56,11 +56,13 @@ def run_pretraining(config: PretrainConfig, sink: Sink, progress: Progress) -> l
     _check_ranks(config, world)
     examples = {s.name: load_examples(s.data, s.count, config.run.seed) for s in config.stages}
     tokenizer, start = _tokenizer_and_start(config, examples)
-    streams = {s.name: _stream(s, examples[s.name], tokenizer, config.run.seed) for s in config.stages}
+    streams = {
+        s.name: _stream(s, examples[s.name], tokenizer, config.run.seed) for s in config.stages
+    }
     folders, previous = [], start
     for number, stage in enumerate(config.stages):
         folder = stage_folder(config.run.folder, stage.name)
-        mark = _fingerprint(config, number)
+        mark = _fingerprint(config, number, examples)
         if config.resume == "auto" and _finished(folder, mark):
             progress.say(f"stage {stage.name}: finished before, reused ({folder})")
         else:
@@ -98,16 +100,17 @@ class _StageJob:
         engine = make_engine(denoiser, self.config.engine, optim, rank, world)
         progress.stage(stage.name, stage.steps)
 
-        def on_step(step: int, metrics: dict[str, float]) -> None:
+        def on_step(step: int, metrics: Mapping[str, float]) -> None:
             sink.log(metrics, step=step + 1, stage=stage.name)
             progress.update(step + 1, loss=metrics["pretrain/loss"])
 
         seed = derive_seed(self.config.run.seed, "stage", stage.name)
         result = run_stage(stage, engine, stream, self.spec.mask_token_id, seed, on_step)
         state = _gather(engine)
-        engine.close()
         if rank == 0:
             self._write(state, result)
+        engine.sum_over_ranks({"written": 1.0})  # all wait: the next stage reads the folder
+        engine.close()
         return result
 
     def _write(self, state: dict[str, Tensor], result: StageResult) -> None:
@@ -134,7 +137,11 @@ def _tokenizer_and_start(
     config: PretrainConfig, examples: dict[str, list[Example]]
 ) -> tuple[PreTrainedTokenizerFast, Path | None]:
     if config.start is not None:
-        return load_checkpoint(config.start).tokenizer, config.start
+        start = load_checkpoint(config.start)
+        if start.tokenizer.mask_token_id is None:
+            mask = start.spec.mask_token_id
+            start.tokenizer.mask_token = start.tokenizer.convert_ids_to_tokens(mask)
+        return start.tokenizer, config.start
     texts = (f"{e.prompt}\n{e.text}" for stage in config.stages for e in examples[stage.name])
     return train_tokenizer(texts, config.tokenizer.vocab_size), None
 
@@ -173,13 +180,15 @@ def _gather(engine: Engine) -> dict[str, Tensor]:
     return state
 
 
-def _fingerprint(config: PretrainConfig, number: int) -> str:
+def _fingerprint(config: PretrainConfig, number: int, examples: dict[str, list[Example]]) -> str:
     """Names everything that a stage's weights depend on."""
     values = config.model_dump(mode="json")
     kept = {key: values[key] for key in ("architecture", "start", "tokenizer", "engine")}
-    # The tokenizer is trained on the text of all stages, so their data belongs to it.
-    data = [(s["data"], s["count"]) for s in values["stages"]]
-    text = json.dumps([kept, values["run"]["seed"], values["stages"][: number + 1], data])
+    # The tokenizer is trained on the text of all stages, so their data belongs to it: the text
+    # itself, because a file may change under its name.
+    data = [(e.prompt, e.text) for stage in config.stages for e in examples[stage.name]]
+    named = [kept, values["run"]["seed"], values["stages"][: number + 1], data]
+    text = json.dumps(named, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -189,8 +198,8 @@ def _finished(folder: Path, fingerprint: str) -> bool:
 
 
 def main(
-    overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c, any key of the file")] = None,
-    config: Annotated[Path, typer.Option(help="YAML file")] = Path("configs/pretrain/tiny_cpu.yaml"),
+    overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c, any key")] = None,
+    config: Annotated[Path, typer.Option(help="YAML")] = Path("configs/pretrain/tiny_cpu.yaml"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved config")] = False,
 ) -> None:
     """Make a model: AR, then block diffusion, then SFT.

@@ -6,18 +6,28 @@ from typing import Literal
 Which = Literal["first", "last", "only", "whole"]
 
 _PYTHON = {"", "python", "py", "python3"}
-# The closing fence ends the text where EOS truncated it: no newline behind it then
-# (ALGORITHMS section 4, defect 12).
-_FENCED = re.compile(r"^```([^\n`]*)\n(.*?)^```[ \t]*(?=\n|\Z)", re.DOTALL | re.MULTILINE)
+_OPENING = re.compile(r"```([^`]*)$")
+# Alone on its line; where EOS truncated the text there is no newline behind it (ALGORITHMS
+# section 4, defect 12).
+_CLOSING = re.compile(r"```[ \t]*$")
 
 
 def python_blocks(text: str) -> list[str]:
     """Contents of the closed fenced blocks whose info string is python or empty, in order."""
-    return [
-        match.group(2)
-        for match in _FENCED.finditer(text.replace("\r\n", "\n"))
-        if match.group(1).strip().lower() in _PYTHON
-    ]
+    blocks: list[str] = []
+    info: str | None = None  # of the block we are in
+    lines: list[str] = []
+    for line in text.replace("\r\n", "\n").split("\n"):
+        if info is None:
+            opening = _OPENING.match(line)
+            info, lines = (opening.group(1).strip().lower() if opening else None), []
+        elif _CLOSING.match(line):
+            if info in _PYTHON:
+                blocks.append("".join(f"{kept}\n" for kept in lines))
+            info = None
+        else:
+            lines.append(line)
+    return blocks
 
 
 def extract_code(text: str, which: Which = "first") -> str | None:

@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, model_validator
 
 from common.config import Section, load_config
@@ -117,7 +114,8 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     """All of `unmask train`.
 
-    `optim.total_steps`, where the file leaves it out, is train.steps * algorithm.num_iterations.
+    `optim.total_steps`, where the file leaves it out, is train.steps * algorithm.num_iterations
+    (`schedule`).
     """
 
     run: RunConfig
@@ -131,6 +129,11 @@ class TrainConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     train: ScheduleConfig
     metrics: MetricsConfig = MetricsConfig()
+
+    @property
+    def schedule(self) -> OptimConfig:
+        """`optim` with the length of its schedule filled in."""
+        return self.optim.for_steps(self.train.steps * self.algorithm.num_iterations)
 
     @model_validator(mode="after")
     def _possible(self) -> "TrainConfig":
@@ -214,29 +217,7 @@ def load_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         UserError: one line that names the file and the key.
     """
     try:
-        return load_config(TrainConfig, path, [*_planned_steps(path, overrides), *overrides])
+        return load_config(TrainConfig, path, overrides)
     except UserError as error:
         known = str(error).startswith((str(path), "override"))
         raise error if known else UserError(f"{path}: {error}") from error
-
-
-def _planned_steps(path: Path, overrides: Sequence[str]) -> list[str]:
-    """`optim.total_steps` as an override, unless the user gave it or the numbers are missing.
-
-    Nothing is reported here: `load_config` reads the same file and says what is wrong with it.
-    """
-    try:
-        values = OmegaConf.load(path)
-        for override in overrides:
-            key, _, text = override.partition("=")
-            OmegaConf.update(values, key, yaml.safe_load(text), force_add=True)
-        steps = OmegaConf.select(values, "train.steps")
-        given = OmegaConf.select(values, "optim.total_steps")
-        iterations = OmegaConf.select(values, "algorithm.num_iterations")
-    except (OSError, ValueError, TypeError, IndexError, yaml.YAMLError, OmegaConfBaseException):
-        return []
-    if iterations is None:
-        iterations = AlgorithmConfig().num_iterations
-    if given is not None or not isinstance(steps, int) or not isinstance(iterations, int):
-        return []
-    return [f"optim.total_steps={max(steps * iterations, 1)}"]

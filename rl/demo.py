@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Annotated, Any
 
+import psutil
 import typer
 from pydantic import Field
 from rich.console import Console
@@ -102,22 +103,24 @@ class Demo:
         """
         self._make_room(progress, fresh)
         self.notes = _read_json(self.folder / PIPELINE_FILE)
+        before = sum(self.notes.get("seconds", {}).values())
         with PeakMemory() as memory:
             try:
                 self._pretrain(progress)
                 for stage in self.pretraining.stages:
                     checkpoint = stage_folder(self.folder, stage.name)
                     self._evaluate(stage.name, checkpoint, progress)
-                job_folder = self._train(progress)
-                self._evaluate(RL, job_folder, progress)
+                self._evaluate(RL, self._train(progress), progress)
             finally:
-                self._note_memory(memory)
+                worked = sum(self.notes.get("seconds", {}).values()) - before
+                if worked > 0:  # a run that reuses everything says nothing of the pipeline
+                    self._note_memory(memory)
+        if worked > 0:  # imports, problems, report: what no phase counts
+            self._spent("other", max(0.0, time() - psutil.Process().create_time() - worked))
         return write_report(self.folder)
 
     def _make_room(self, progress: Progress, fresh: bool) -> None:
         """A run of another seed is set aside, and this seed's is fetched back if there is one."""
-        if fresh and self.folder.exists():
-            self._discard()
         old = _read_json(self.folder / PIPELINE_FILE).get("seed", self.seed)
         if old != self.seed:
             aside, back = (
@@ -128,6 +131,8 @@ class Demo:
             progress.say(f"the run with seed {old} is kept in {aside}")
             if back.is_dir():
                 back.rename(self.folder)
+        if fresh and self.folder.exists():
+            self._discard()
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def _discard(self) -> None:
@@ -139,19 +144,23 @@ class Demo:
         shutil.rmtree(self.folder)
 
     def _pretrain(self, progress: Progress) -> None:
-        before = {s.name: self._stage_seconds(s.name) for s in self.pretraining.stages}
+        folders = {s.name: stage_folder(self.folder, s.name) for s in self.pretraining.stages}
+        before = {name: _mark(folder) for name, folder in folders.items()}
         (self.folder / "pretrain.yaml").write_text(dump_config(self.pretraining))
-        names = [stage.name for stage in self.pretraining.stages]
-        self._note(seed=self.seed, stages=[*names, RL])
+        self._note(seed=self.seed, stages=[*folders, RL])
         began = monotonic()
         try:
             with open_metrics(self.folder, self.pretraining.metrics, progress.say) as sink:
                 run_pretraining(self.pretraining, sink, progress)
         finally:
-            after = {name: self._stage_seconds(name) for name in names}
-            if after != before or None in after.values():
-                self._spent("pretrain", monotonic() - began)
-        self._note(trained={name: _mark(stage_folder(self.folder, name)) for name in names})
+            spent = monotonic() - began
+            after = {name: _mark(folder) for name, folder in folders.items()}
+            reused = [name for name in folders if after[name] and after[name] == before[name]]
+            if any(before[name] and name not in reused for name in folders):  # settings changed
+                self._spent("pretrain", None)
+                spent += sum(self._stage_seconds(name) for name in reused)
+            if len(reused) < len(folders):
+                self._spent("pretrain", spent)
 
     def _train(self, progress: Progress) -> Path:
         mark = self._rl_mark()
@@ -178,7 +187,7 @@ class Demo:
         settings = self.config.evaluate
         # Stages differ in block size, so it is the checkpoint's own.
         decoding = replace(self.training.rollout.decoding, block_size=None, steps_per_block=None)
-        seconds = self.notes["seconds"].get(RL) if stage == RL else self._stage_seconds(stage)
+        seconds = self.notes["seconds"][RL] if stage == RL else self._stage_seconds(stage)
         weights = self.notes["rl_mark"] if stage == RL else _mark(checkpoint)
         mark = _digest(weights, settings.model_dump(mode="json"), repr(decoding), self.seed)
         path = self.folder / EVALUATIONS / f"{stage}.json"
@@ -207,7 +216,7 @@ class Demo:
             checkpoint=checkpoint,
             temperature=decoding.temperature,
             samples_per_problem=settings.samples,
-            seconds=float(seconds or 0.0),
+            seconds=seconds,
             evaluate_seconds=monotonic() - began,
             seed=self.seed,
             fingerprint=mark,
@@ -221,9 +230,8 @@ class Demo:
         kept = {key: value for key, value in values.items() if key not in ("metrics", "run")}
         return _digest(kept, self.seed, _mark(self.last_stage))
 
-    def _stage_seconds(self, stage: str) -> float | None:
-        record = _read_json(stage_folder(self.folder, stage) / STAGE_FILE)
-        return record.get("seconds")
+    def _stage_seconds(self, stage: str) -> float:
+        return float(_read_json(stage_folder(self.folder, stage) / STAGE_FILE)["seconds"])
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

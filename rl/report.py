@@ -43,7 +43,7 @@ class Run:
     records: list[dict[str, Any]]
     results: dict[str, StageResult]
     pipeline: dict[str, Any]
-    config: dict[str, Any]
+    configs: dict[str, str]
 
     @property
     def stages(self) -> list[str]:
@@ -57,33 +57,31 @@ def read_run(folder: Path) -> Run:
     """Raises UserError if `folder` is no run folder, or one of its files is damaged."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder; `unmask train` and `make demo` make them")
-    config_file, pipeline_file = folder / "config.yaml", folder / PIPELINE_FILE
+    pipeline_file = folder / PIPELINE_FILE
     try:
-        config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
         pipeline = json.loads(pipeline_file.read_text()) if pipeline_file.is_file() else {}
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        first = " ".join(str(error).split())
-        raise UserError(f"{folder}: config.yaml or {PIPELINE_FILE} is damaged: {first}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{pipeline_file}: damaged: {error}; delete it") from error
+    configs = {path.name: path.read_text() for path in sorted(folder.glob("*.yaml"))}
     records, results = read_metrics(folder / METRICS_FILE), read_results(folder)
     if not records and not results:
         raise UserError(
             f"{folder}: neither {METRICS_FILE} nor evaluations/ there; is it a run folder?"
         )
-    return Run(folder, records, results, pipeline, config or {})
+    return Run(folder, records, results, pipeline, configs)
 
 
 def summary(run: Run) -> dict[str, Any]:
     """The contents of `report.json`. Stages without an evaluation are named in `missing`."""
     done = [name for name in run.stages if name in run.results]
     reward = series(run.records, "rl", REWARD)
-    seed = run.pipeline.get("seed", run.config.get("run", {}).get("seed"))
     values = {
         "stages": {name: _stage_row(run.results[name]) for name in done},
         "rl_minus_sft": _difference(run),
         "reward": list(reward.values()),
         "seconds_total": run.pipeline.get("seconds_total", _span(run.records)),
         "peak_rss_gib": run.pipeline.get("peak_rss_gib"),
-        "seed": seed,
+        "seed": run.pipeline.get("seed", _configured_seed(run)),
         "missing": [name for name in run.stages if name not in run.results],
         "seconds": run.pipeline.get("seconds", {}),
         "memory_is": run.pipeline.get("memory_is"),
@@ -124,7 +122,7 @@ def render(run: Run, values: Mapping[str, Any]) -> str:
         facts=_facts(run, values),
         samples=[_sample_view(sample) for sample in last.samples] if last else [],
         samples_of=last.stage if last else None,
-        config=yaml.safe_dump(run.config, sort_keys=False) if run.config else None,
+        configs=run.configs,
         verdicts=_verdicts(run),
     )
 
@@ -216,6 +214,16 @@ def _span(records: Sequence[Mapping[str, Any]]) -> float | None:
     """Seconds from the first record to the last: an unfinished or RL-only run has no better."""
     times = [record["time"] for record in records if "time" in record]
     return round(max(times) - min(times), 1) if times else None
+
+
+def _configured_seed(run: Run) -> int | None:
+    if "config.yaml" not in run.configs:
+        return None
+    try:
+        return int(yaml.safe_load(run.configs["config.yaml"])["run"]["seed"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        path = run.folder / "config.yaml"
+        raise UserError(f"{path}: no run.seed in it ({' '.join(str(error).split())})") from error
 
 
 def _stage_view(run: Run, name: str) -> dict[str, Any]:

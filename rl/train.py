@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -54,31 +54,47 @@ class Job:
         """The trained model as a Hugging Face folder."""
         return self.config.run.path / "rl" / "hf"
 
+    @property
+    def finished(self) -> bool:
+        """Every step is done and exported."""
+        step = self.state.step
+        return step >= self.config.train.steps and _exported_step(self.export_folder) == step
+
+    def say_finished(self, progress: Progress) -> None:
+        """A resume that has nothing to do must not look like one that trained."""
+        progress.say(
+            f"{self.config.run.path}: all {self.config.train.steps} steps are done, nothing to do; "
+            "raise train.steps to go on"
+        )
+
     def run(self, sink: Sink, progress: Progress) -> RunState:
-        """Train to the last step and export; Ctrl-C and SIGTERM leave a resumable run.
+        """Start the workers, train to the last step, export, end the workers.
+
+        Ctrl-C and SIGTERM leave a resumable run and are passed on.
 
         Raises:
             UserError: bad input that only a worker could see.
             InfrastructureError: a worker failed or did not answer in time.
         """
-        steps, run_folder = self.config.train.steps, self.config.run.path
-        if self.state.step >= steps and _exported_step(self.export_folder) == self.state.step:
-            progress.say(f"{run_folder}: all {steps} steps done, nothing to do; raise train.steps")
+        if self.finished:
+            self.say_finished(progress)
             return self.state
+        with closing(make_cluster(self.config)) as cluster:
+            return self.run_on(cluster, sink, progress)
+
+    def run_on(self, cluster: Cluster, sink: Sink, progress: Progress) -> RunState:
+        """The same with workers that the caller started and closes."""
         _write_config(self.config)
+        steps = self.config.train.steps
         progress.stage(STAGE, steps, done=self.state.step)
-        if self.resume_from is not None:
-            progress.say(f"resuming from {self.resume_from} ({self.state.step} of {steps} steps)")
-        cluster = make_cluster(self.config)
-        try:
-            with _terminate_as_interrupt():
-                if self.resume_from is not None:
-                    cluster.load(self.resume_from)
-                state = self._loop(cluster, _Monitor(sink, progress)).run()
-                _export(cluster, self.export_folder, state.step)
-            return state
-        finally:
-            cluster.close()
+        with _terminate_as_interrupt():
+            if self.resume_from is not None:
+                done = f"{self.state.step} of {steps} steps"
+                progress.say(f"resuming from {self.resume_from} ({done})")
+                cluster.load(self.resume_from)
+            state = self._loop(cluster, _Monitor(sink, progress)).run()
+            _export(cluster, self.export_folder, state.step)
+        return state
 
     def _loop(self, cluster: Cluster, monitor: "_Monitor") -> Loop:
         config = self.config
@@ -249,6 +265,21 @@ def _dry_run(config: TrainConfig) -> None:
             typer.echo(f"dry run: data.{key} {source} is not there; a run needs it", err=True)
 
 
+def _train(job: Job, progress: Progress) -> None:
+    """Workers before files: a cluster that is not there leaves nothing behind."""
+    if job.finished:
+        job.say_finished(progress)
+        return
+    config = job.config
+    values = config.model_dump(mode="json")
+    with (
+        closing(make_cluster(config)) as cluster,
+        open_metrics(config.run.path, config.metrics, progress.say, values) as sink,
+    ):
+        job.run_on(cluster, sink, progress)
+        progress.say(str(job.export_folder))
+
+
 def main(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="a.b=c, any key of the file")
@@ -270,13 +301,8 @@ def main(
             _dry_run(settings)
             return
         job = prepare(settings)
-        values = settings.model_dump(mode="json")
-        with (
-            open_progress() as progress,
-            open_metrics(settings.run.path, settings.metrics, progress.say, values) as sink,
-        ):
-            job.run(sink, progress)
-            progress.say(str(job.export_folder))
+        with open_progress() as progress:
+            _train(job, progress)
 
 
 if __name__ == "__main__":

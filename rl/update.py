@@ -121,8 +121,8 @@ class PolicyUpdater:
                 sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
             infos.append(self._engine.step())
         metrics = mean_metrics(self._engine.sum_over_ranks(sums))
-        if self._reference is None:
-            del metrics["policy/kl"]
+        if self._config.beta == 0:
+            del metrics["policy/kl"]  # nothing to compare with: not a zero
         metrics["policy/grad_norm"] = sum(info.grad_norm for info in infos) / len(infos)
         metrics["policy/lr"] = infos[-1].lr
         metrics["update/optimizer_steps"] = float(sum(not info.skipped for info in infos))

@@ -88,8 +88,13 @@ class ZygoteProcess:
             raise ZygoteError(f"zygote is gone: {error}") from None
 
     def wait(self, seconds: float = _ANSWER_SECONDS) -> Ended:
-        """How the child ended; every process it started is gone. ZygoteError after `seconds`."""
+        """How the child ended; every process it started is gone.
+
+        Raises ZygoteError after `seconds`, or if the child could not be confined and ran nothing.
+        """
         answer = self._receive(seconds)
+        if answer["refused"]:
+            raise ZygoteError(f"a process could not be confined: {answer['refused'].strip()}")
         return Ended(answer["status"], answer["cpu"])
 
     def _receive(self, seconds: float) -> dict[str, Any]:

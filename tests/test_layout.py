@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ MAY_IMPORT_RAY = {"workers/cluster.py", "workers/placement.py"}
 MAX_MODULE, MAX_FUNCTION = 400, 80
 NOT_OURS = {".venv", ".git", "runs", "build", "tests", "wandb"}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|root|home|Users)/\w")
+IS_CACHE = re.compile(r"^\.hypothesis$|cache|\.egg-info$")
 SHARED = re.compile(r"(?<![\w./-])(?:\.\./)?shared/")
 
 
@@ -80,12 +82,9 @@ def test_ray_is_imported_in_one_place(module: Path) -> None:
 
 def texts() -> Iterator[Path]:
     kinds = {".py", ".yaml", ".yml", ".toml", ".md", ".txt", ".html", ".sh", ".j2", ""}
-    for path in ROOT.rglob("*"):
-        top = path.relative_to(ROOT).parts[0]
-        if top in NOT_OURS or top.endswith("_cache") or "__pycache__" in path.parts:
-            continue
-        if path.suffix in kinds and path.is_file():
-            yield path
+    for folder, names, files in os.walk(ROOT):
+        names[:] = [name for name in names if name not in NOT_OURS and not IS_CACHE.search(name)]
+        yield from (Path(folder, name) for name in files if Path(name).suffix in kinds)
 
 
 def test_no_path_of_one_machine() -> None:

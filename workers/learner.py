@@ -39,7 +39,7 @@ class LearnerPlan:
         return LearnerPlan(
             checkpoint_folder=Path(config.model.path).resolve(),
             engine=config.engine,
-            optim=config.optim,
+            optim=config.schedule,
             algorithm=config.algorithm,
             run_seed=config.run.seed,
         )

@@ -52,6 +52,7 @@ def connect(address: str | None, logical_cpus: float, weight_bytes: int) -> bool
 
     Raises:
         UserError: nobody at the address, or no shared memory to start with.
+        InfrastructureError: Ray did not start.
     """
     # Private (pinned by a test), and the only way to keep the raylet's remarks off stdout, which is
     # for people. They are in Ray's own session logs; what matters of them reaches us as errors.
@@ -67,16 +68,21 @@ def connect(address: str | None, logical_cpus: float, weight_bytes: int) -> bool
 
 
 def _start(logical_cpus: float, weight_bytes: int) -> None:
-    ray.init(
-        address="local",
-        num_cpus=max(len(os.sched_getaffinity(0)), int(logical_cpus) + 1),
-        include_dashboard=False,
-        object_store_memory=_object_store(weight_bytes),
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        # Idle workers would cost 45 MiB each, and every actor starts a process of its own.
-        _system_config={"prestart_worker_first_driver": False, "enable_worker_prestart": False},
-    )
+    object_store = _object_store(weight_bytes)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(len(os.sched_getaffinity(0)), int(logical_cpus) + 1),
+            include_dashboard=False,
+            object_store_memory=object_store,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            # Idle workers would cost 45 MiB each, and every actor starts a process of its own.
+            _system_config={"prestart_worker_first_driver": False, "enable_worker_prestart": False},
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InfrastructureError(f"Ray did not start on this machine: {reason}") from error
 
 
 def _object_store(weight_bytes: int) -> int:

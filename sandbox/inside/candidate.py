@@ -29,20 +29,27 @@ def serve_calls(payload: dict[str, Any], connection: socket.socket, max_bytes: i
     """
     channel = Channel(connection, max_bytes)
     try:
-        names = _load(payload, "candidate")
-        peer = Peer(channel, opaque=True)
-        offered = {name: names[name] for name in channel.receive() if name in names}
-        channel.send(["ready", peer.codec.encode(offered, Table())])
+        channel.send(_first_answer(payload, channel, peer := Peer(channel, opaque=True)))
         while True:
             peer.answer(channel.receive())
     except SystemExit as error:
         _EXIT(_exit_code(error))
     except Lost:
         _EXIT(0)
+    except BaseException:  # KeyboardInterrupt, GeneratorExit: would end plain Python as well
+        _EXIT(1)
+
+
+def _first_answer(payload: dict[str, Any], channel: Channel, peer: Peer) -> list[Any]:
+    try:
+        names = _load(payload, "candidate")
+    except (SystemExit, Lost):
+        raise
     except BaseException as error:
-        with contextlib.suppress(BaseException):
-            channel.send(["error", describe(error)])
-        _EXIT(0)
+        channel.receive()  # hanging up on a message that was not read would look like an exit
+        return ["error", describe(error)]
+    offered = {name: names[name] for name in channel.receive() if name in names}
+    return ["ready", peer.codec.encode(offered, Table())]
 
 
 def _load(payload: dict[str, Any], module_name: str) -> dict[str, Any]:
@@ -58,9 +65,9 @@ def _load(payload: dict[str, Any], module_name: str) -> dict[str, Any]:
 
 
 def _stream(descriptor: int, mode: Literal["r", "w"], errors: str) -> io.TextIOWrapper:
-    stream = open(descriptor, mode, encoding="utf-8", errors=errors, closefd=False)
-    assert isinstance(stream, io.TextIOWrapper)
-    return stream
+    raw = io.FileIO(descriptor, mode, closefd=False)
+    buffered = io.BufferedReader(raw) if mode == "r" else io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffered, encoding="utf-8", errors=errors)
 
 
 def run_program(payload: dict[str, Any]) -> None:

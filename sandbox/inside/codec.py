@@ -120,7 +120,7 @@ class Codec:
             return [tag, bytes(value).decode("latin1")]
         pairs = [
             [self.encode(key, table, depth + 1), self.encode(item, table, depth + 1)]
-            for key, item in dict.items(value)
+            for key, item in _EMPTY[tag].items(value)  # type: ignore[attr-defined]
         ]
         if tag == "D":
             factory = value.default_factory
@@ -180,9 +180,9 @@ class Codec:
             (self.decode(key, table, depth + 1), self.decode(item, table, depth + 1))
             for key, item in node[1]
         ]
-        dict.clear(target)
+        target.clear()
         for key, item in pairs:
-            dict.__setitem__(target, key, item)
+            target[key] = item
         if tag == "D":
             target.default_factory = _FACTORIES.get(node[2])
 

@@ -51,10 +51,12 @@ def seal(level: str, folder: str | None) -> None:
     """
     if level == "namespace":
         syscalls.set_capabilities(0)
-    elif os.geteuid() == 0:
+    elif shell.must_become_nobody():
         os.setgroups([])
         os.setresgid(shell.NOBODY, shell.NOBODY, shell.NOBODY)
         os.setresuid(shell.NOBODY, shell.NOBODY, shell.NOBODY)
+    elif os.geteuid() == 0:
+        syscalls.set_capabilities(0)
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
     if level == "landlock":
         landlock.restrict(shell.runtime_paths(), folder or os.getcwd(), shell.DEVICES)

@@ -52,10 +52,8 @@ class Channel:
         self._max_bytes = max_bytes
 
     def send(self, message: Any) -> None:
-        """Raises Lost if nobody listens, CodecError if the message is too long."""
+        """Raises Lost if nobody listens. The receiver enforces the limit, to see breaches."""
         data = to_bytes(message)
-        if len(data) > self._max_bytes:
-            raise CodecError(f"a message of {len(data)} bytes; the limit is {self._max_bytes}")
         try:
             self._connection.sendall(len(data).to_bytes(8, "big") + data)
         except OSError as error:
@@ -213,10 +211,7 @@ class Peer:
             reply = ["ok", node, self.codec.changes(reply_table, before)]
         except (Exception, Uncarriable) as error:
             reply = ["error", *self._encode_error(error, table.first(len(before)), before)]
-        try:
-            self._channel.send(reply)
-        except CodecError as error:
-            self._channel.send(["error", self.codec.encode(describe(error), Table()), []])
+        self._channel.send(reply)
 
     def _may_call(self, operation: Any, args: Any) -> bool:
         return operation == "call" and any(kept is args[0] for kept in self._kept)

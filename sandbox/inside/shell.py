@@ -49,6 +49,18 @@ def write_id_maps(proc: int, inside: int, uid: int, gid: int) -> None:
         os.close(descriptor)
 
 
+def must_become_nobody() -> bool:
+    """Whether we are root, and of a user namespace in which somebody else exists.
+
+    A root that is alone in its namespace (rootless containers) is an ordinary user outside.
+    """
+    if os.geteuid() != 0:
+        return False
+    with open("/proc/self/uid_map") as ranges:
+        spans = [[int(number) for number in line.split()] for line in ranges]
+    return any(first <= NOBODY < first + count for first, _, count in spans)
+
+
 def enter() -> Shell:
     """Move this process into a shell of its own; returns in a forked child that is its pid 1.
 
@@ -57,7 +69,8 @@ def enter() -> Shell:
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
     uid, gid = os.geteuid(), os.getegid()
     flags = syscalls.NEWNS | syscalls.NEWNET | syscalls.NEWIPC | syscalls.NEWUTS | syscalls.NEWPID
-    if uid == 0:
+    privileged = must_become_nobody()
+    if privileged:
         syscalls.unshare(flags)
     else:
         syscalls.unshare(flags | syscalls.NEWUSER)
@@ -69,7 +82,7 @@ def enter() -> Shell:
         os.waitpid(child, 0)
         os._exit(0)
     _build_root()
-    if uid == 0:
+    if privileged:
         _become_nobody()
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)  # else /proc/self belongs to root: no id maps
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)

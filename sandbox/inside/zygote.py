@@ -5,7 +5,8 @@ shell, then serves one test at a time: the payload travels in a descriptor that 
 child reads, so no job's data is ever in a later job's memory. Ends when its worker does.
 
 Control socket (SOCK_SEQPACKET): {"op": "run", "role", "limits"} with descriptors, answered by
-{"status", "cpu"} when the child *and all its descendants* are gone; {"op": "kill"} ends it early.
+{"status", "cpu", "refused"} when the child *and all its descendants* are gone; {"op": "kill"} ends
+it early.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ _PRELOADED = (
     "queue random re statistics string struct sys textwrap threading time types typing unittest"
 )
 _JUDGE_MEMORY_MIB = 2048
+_COMPLAIN = 250  # where a child tells its zygote that it could not be confined; closed once it is
 
 
 def main(options: dict[str, Any]) -> NoReturn:
@@ -82,17 +84,21 @@ class Zygote:
         folder = None
         if self._surroundings is None and request["role"] != "judge":
             folder = self._make_folder()
+        complaints, complain = os.pipe()
         child = self._fork(request["role"])
         if child == 0:
+            os.dup2(complain, _COMPLAIN, inheritable=False)
             self._be_child(request, descriptors, folder)
-        for descriptor in descriptors:
+        for descriptor in (*descriptors, complain):
             os.close(descriptor)
         status, cpu = self._wait(child)
         self._end_descendants()
         if folder is not None:
             _remove(folder)
+        answer = {"status": status, "cpu": cpu, "refused": os.read(complaints, 2000).decode()}
+        os.close(complaints)
         with contextlib.suppress(BrokenPipeError):
-            self._control.send(json.dumps({"status": status, "cpu": cpu}).encode())
+            self._control.send(json.dumps(answer).encode())
 
     def _fork(self, role: str) -> int:
         if self._surroundings is not None and role != "judge":
@@ -137,7 +143,7 @@ class Zygote:
 
     def _make_folder(self) -> str:
         folder = tempfile.mkdtemp(prefix="test-", dir=self._folder)
-        if os.geteuid() == 0:
+        if shell.must_become_nobody():
             os.chown(folder, shell.NOBODY, shell.NOBODY)
         return folder
 
@@ -148,10 +154,11 @@ class Zygote:
             os.setsid()
             self._confine(request, descriptors, folder)
         except BaseException:
-            # Nothing of the candidate has run yet: this is the machine's fault, status 97 says so.
+            # Before the seal this is the machine's fault. After it the descriptor is closed: a
+            # candidate cannot pretend that it was.
             with contextlib.suppress(OSError):
-                os.write(2, traceback.format_exc().encode())
-            os._exit(97)
+                os.write(_COMPLAIN, traceback.format_exc()[-1000:].encode())
+            os._exit(1)
         os._exit(0)
 
     def _confine(self, request: dict[str, Any], descriptors: list[int], folder: str | None) -> None:
@@ -171,6 +178,7 @@ class Zygote:
         jail.limit(limits["seconds"], memory, disk, processes)
         os.environ.clear()
         jail.seal(self._level, folder)
+        os.close(_COMPLAIN)
         gc.enable()
         _run_role(role, payload, kept, limits["output_kib"] * 1024)
 
@@ -197,7 +205,8 @@ def _arrange_descriptors(descriptors: list[int], as_program: bool) -> list[int]:
     high = [os.dup2(d, 100 + i, inheritable=False) for i, d in enumerate(wanted)]
     for target, descriptor in enumerate(high):
         os.dup2(descriptor, target, inheritable=target < 3)
-    os.closerange(len(wanted), 1024)
+    os.closerange(len(wanted), _COMPLAIN)
+    os.closerange(_COMPLAIN + 1, 1024)
     return list(range(3, len(wanted)))
 
 

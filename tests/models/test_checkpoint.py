@@ -98,6 +98,20 @@ def test_new_model_is_a_function_of_its_seed() -> None:
     assert not torch.equal(weights(new_model(TINY, 2)), one)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hiden_size": 16}, r"architecture\.hiden_size: qwen2 has no such key"),
+        ({"hidden_size": "16"}, "architecture: .*hidden_size"),
+        ({"model_type": "qwon"}, "architecture: .*qwon"),
+    ],
+)
+def test_impossible_architecture(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        new_model({**TINY, **change}, 0)
+    assert "\n" not in str(raised.value)
+
+
 def edit_json(path: Path, **change: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
@@ -121,7 +135,13 @@ BREAK = {
     "unknown type": (lambda f: edit_json(f / "config.json", model_type="qwon"), "cannot load"),
     # transformers fills the gap with random numbers and a warning.
     "lacking weights": (drop_tensor, r"lack model\.layers\.0\.mlp\.up_proj\.weight"),
-    "more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=2), "weights lack"),
+    "more layers": (
+        lambda f: edit_json(
+            f / "config.json", num_hidden_layers=2, layer_types=["full_attention"] * 2
+        ),
+        "weights lack",
+    ),
+    "contradiction": (lambda f: edit_json(f / "config.json", num_hidden_layers=2), "cannot load"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer there"),
     "other mask": (
         lambda f: edit_json(f / "diffusion.json", mask_token_id=3),

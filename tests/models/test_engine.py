@@ -315,50 +315,62 @@ def test_torch_engine_refuses_ranks() -> None:
 # Two ranks
 
 
-def run_ranks(stage: int, folder: Path) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what both ranks found at every ZeRO stage: one pair of processes for all."""
+    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = []
-    for rank in range(2):
-        command = [sys.executable, __file__, str(rank), str(stage), str(folder)]
-        ranks.append(
-            subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)],
+            env=environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=250)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert outputs == ["", ""]  # DeepSpeed says nothing on stdout
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return folder
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_equal_one(plain: dict[str, Any], stage: int, tmp_path: Path) -> None:
-    first, second = run_ranks(stage, tmp_path)
+def test_two_ranks_equal_one(plain: dict[str, Any], stage: int, two_ranks: Path) -> None:
+    first, second = (torch.load(two_ranks / f"{stage}-{rank}.pt") for rank in range(2))
     assert second.pop("state") == {}
     assert second == {key: first[key] for key in second}
     assert first["resumed"] == first["continued"]
     assert_same(first, plain, **CLOSE)
-    meta = json.loads((tmp_path / "policy" / "engine.json").read_text())
+    meta = json.loads((two_ranks / f"policy-{stage}" / "engine.json").read_text())
     assert meta["ranks"] == 2
 
 
-def main(rank: int, stage: int, folder: Path) -> None:
-    def fresh() -> Engine:
+def main(rank: int, folder: Path) -> None:
+    def fresh(stage: int) -> Engine:
         config = EngineConfig(zero_stage=stage)
         return make_engine(TinyDenoiser(), config, OPTIM, rank=rank, world_size=2)
 
-    engine = fresh()
-    result = train(engine)
-    engine.save(folder / "policy")
-    result["continued"] = train(engine, steps=1)["loss"]
-    engine = fresh()
-    engine.load(folder / "policy")
-    result["resumed"] = train(engine, steps=1)["loss"]
-    torch.save(result, folder / f"{rank}.pt")
+    for stage in range(4):
+        engine = fresh(stage)
+        result = train(engine)
+        engine.save(folder / f"policy-{stage}")
+        result["continued"] = train(engine, steps=1)["loss"]
+        engine = fresh(stage)
+        engine.load(folder / f"policy-{stage}")
+        result["resumed"] = train(engine, steps=1)["loss"]
+        torch.save(result, folder / f"{stage}-{rank}.pt")
     engine.close()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))

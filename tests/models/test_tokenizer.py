@@ -1,9 +1,10 @@
 """The trained byte-level BPE: lossless, ordered specials, and the same ids after loading."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.records import Message
@@ -30,8 +31,9 @@ def test_specials_come_first(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 @pytest.mark.parametrize("text", [*TEXTS[:2], TRICKY, " ", "\n"])
-def test_lossless(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+def test_lossless_but_for_composed_letters(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    found = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+    assert found == unicodedata.normalize("NFC", text)
 
 
 def test_training_is_a_function_of_the_texts(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -43,7 +45,7 @@ def test_training_is_a_function_of_the_texts(tokenizer: PreTrainedTokenizerFast)
 def test_a_loaded_tokenizer_gives_the_same_ids(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model_type: str
 ) -> None:
-    """AutoTokenizer rebuilds Qwen2's with another pre-tokenizer: RL would read other ids."""
+    """RL must read the ids that pretraining wrote, whatever the family of the model."""
     architecture = {
         "model_type": model_type,
         "vocab_size": 300,
@@ -56,9 +58,12 @@ def test_a_loaded_tokenizer_gives_the_same_ids(
     spec = DiffusionSpec(mask_token_id=2, logit_shift=False, attention="causal", block_size=1)
     save_checkpoint(tmp_path, new_model(architecture, 0), tokenizer, spec)
     loaded = load_tokenizer(tmp_path)
+    stock = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     for text in (*TEXTS[:2], TRICKY):
         assert loaded.encode(text) == tokenizer.encode(text)
-        assert loaded.decode(loaded.encode(text)) == text
+        assert loaded.decode(loaded.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+        if model_type == "qwen2":  # AutoTokenizer puts a family's own pre-tokenizer in place
+            assert stock.encode(text) == tokenizer.encode(text)
     assert (loaded.pad_token_id, loaded.eos_token_id, loaded.mask_token_id) == (0, 1, 2)
     again = tmp_path / "again"
     loaded.save_pretrained(again)
@@ -114,6 +119,6 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 def test_no_eos(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match="no EOS"):
         load_tokenizer(tmp_path)

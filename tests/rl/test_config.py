@@ -45,8 +45,8 @@ def test_published_settings(name: str) -> None:
 
 def test_the_schedule_is_as_long_as_the_run() -> None:
     config = load_train_config(TINY, ["train.steps=7", "algorithm.num_iterations=3"])
-    assert config.optim.total_steps == 21
-    assert load_train_config(TINY, ["optim.total_steps=5"]).optim.total_steps == 5
+    assert config.schedule.total_steps == 21
+    assert load_train_config(TINY, ["optim.total_steps=5"]).schedule.total_steps == 5
 
 
 def test_the_run_folder() -> None:

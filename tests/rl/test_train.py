@@ -269,6 +269,7 @@ def override(text: str) -> Callable[[Path], list[str]]:
         ),
         (override("reward.functions=[{path: /nowhere.py:f, weight: 1.0}]"), "/nowhere.py"),
         (override("run.resume=/nowhere"), "run.resume=/nowhere"),
+        (override("cluster={kind: ray, address: '127.0.0.1:1'}"), "cluster.address=127.0.0.1:1"),
         (no_column, "bad.jsonl, line 1"),
         (empty_tests, "bad.jsonl, line 1"),
         (long_prompt, "data.prompt_limit"),

@@ -216,7 +216,7 @@ def test_bad_input_of_a_worker_ends_the_start(
 
 
 SCRIPT = """
-import os, signal, sys, time, psutil
+import os, signal, sys, psutil
 from pydantic import TypeAdapter
 from common.records import Problem
 from rl.config import TrainConfig
@@ -243,7 +243,7 @@ assert not alive, alive
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_cluster_of_its_own_is_silent_survives_ctrl_c_and_leaves_nothing(
+def test_a_cluster_of_its_own_is_silent_and_leaves_nothing(
     ray_config: MakeConfig,
 ) -> None:
     config = ray_config().model_dump_json()
