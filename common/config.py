@@ -79,7 +79,7 @@ def _first_problem(error: ValidationError, path: Path) -> str:
     problems = error.errors(include_url=False)
     first = problems[0]
     key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         text = "unknown key; remove it or correct its spelling"
     elif first["type"] == "missing":
         text = "missing; add it"

@@ -56,8 +56,13 @@ class OptimConfig:
             raise ValueError("min_lr_ratio must lie between 0 and 1")
 
     def for_steps(self, steps: int) -> "OptimConfig":
-        """The same with `total_steps` known: `steps`, unless the configuration gave a number."""
-        return self if self.total_steps else replace(self, total_steps=steps)
+        """The same with `total_steps` known: `steps`, unless the configuration gave a number.
+
+        A warm-up that is longer than the run (a short trial of a long recipe) is cut to it.
+        """
+        if self.total_steps:
+            return self
+        return replace(self, total_steps=steps, warmup_steps=min(self.warmup_steps, steps))
 
 
 @dataclass(frozen=True, kw_only=True)

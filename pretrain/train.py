@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.config import dump_config, load_config
 from common.errors import UserError
+from common.exits import exit_codes
 from common.metrics import Metrics, Sink, open_metrics
 from common.progress import Progress, SilentProgress, open_progress
 from common.seeding import derive_seed
@@ -60,6 +61,7 @@ def run_pretraining(config: PretrainConfig, sink: Sink, progress: Progress) -> l
         s.name: _stream(s, examples[s.name], tokenizer, config.run.seed) for s in config.stages
     }
     folders, previous = [], start
+    engine: Engine | None = None
     for number, stage in enumerate(config.stages):
         folder = stage_folder(config.run.folder, stage.name)
         mark = _fingerprint(config, number, examples)
@@ -68,9 +70,11 @@ def run_pretraining(config: PretrainConfig, sink: Sink, progress: Progress) -> l
         else:
             model = _start_model(config, previous, tokenizer)
             job = _StageJob(stage, config, model, tokenizer, folder, mark)
-            job.run(streams[stage.name], sink, progress, rank, world)
+            engine = job.run(streams[stage.name], sink, progress, rank, world)
         folders.append(folder)
         previous = folder
+    if engine is not None:
+        engine.close()  # only now: the ranks' group serves all stages and cannot be made twice
     return folders
 
 
@@ -92,7 +96,7 @@ class _StageJob:
 
     def run(
         self, stream: RowStream, sink: Sink, progress: Progress, rank: int, world: int
-    ) -> StageResult:
+    ) -> Engine:
         """Train, then write the checkpoint under a temporary name and rename it."""
         stage = self.stage
         denoiser = Denoiser(self.model, self.spec)
@@ -110,8 +114,7 @@ class _StageJob:
         if rank == 0:
             self._write(state, result)
         engine.sum_over_ranks({"written": 1.0})  # all wait: the next stage reads the folder
-        engine.close()
-        return result
+        return engine
 
     def _write(self, state: dict[str, Tensor], result: StageResult) -> None:
         partial = self.folder.with_name(f".{self.folder.name}.partial")
@@ -206,15 +209,12 @@ def main(
 
     Example: unmask pretrain --config configs/pretrain/tiny_cpu.yaml run.seed=1
     """
-    try:
+    with exit_codes("interrupted; finished stages are kept and will be reused"):
         settings = load_config(PretrainConfig, config, overrides or [])
         if dry_run:
             sys.stdout.write(dump_config(settings))
             return
         _run(settings)
-    except UserError as error:
-        typer.echo(f"unmask: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 def _run(config: PretrainConfig) -> None:

@@ -27,12 +27,15 @@ from common.exits import exit_codes
 from common.memory import PeakMemory
 from common.metrics import METRICS_FILE, open_metrics, read_metrics
 from common.progress import Progress, open_progress
+from common.records import Problem
 from models.checkpoint import load_tokenizer
 from pretrain.config import PretrainConfig
 from pretrain.train import STAGE_FILE, run_pretraining, stage_folder
+from rewards.compose import RewardConfig
 from rl.config import TrainConfig, load_train_config
 from rl.data import EMBEDDED, load_problems
 from rl.evaluate import evaluate_checkpoint
+from rl.problems.compose import document_head
 from rl.report import PIPELINE_FILE, stage_table, write_report
 from rl.results import FOLDER as EVALUATIONS
 from rl.results import read_result, summarise, write_result
@@ -58,13 +61,15 @@ class Part(Section):
 class EvaluateConfig(Section):
     """The held-out problems: `count` of `source`; `samples` completions each beside the greedy one.
 
-    Reward, decoding and prompt limit are those of the RL half.
+    Reward, decoding and prompt limit are those of the RL half. The stages in `base` have only seen
+    plain code: they are asked as their corpus asks, with a comment, and answer without a fence.
     """
 
     source: str = "embedded:test"
     count: int = Field(default=320, ge=1)
     samples: int = Field(default=1, ge=0)
     ks: tuple[int, ...] = ()
+    base: tuple[str, ...] = ()
 
 
 class DemoConfig(Section):
@@ -199,11 +204,12 @@ class Demo:
         began = monotonic()
         self._spent(f"evaluate {stage}", None)
         with self._timed(f"evaluate {stage}"):
+            problems, reward = self._as_asked(stage)
             evaluation = evaluate_checkpoint(
                 checkpoint,
-                self.problems,
+                problems,
                 decoding,
-                self.training.reward,
+                reward,
                 samples=settings.samples,
                 ks=settings.ks,
                 seed=self.seed,
@@ -223,6 +229,15 @@ class Demo:
         )
         write_result(self.folder, result)
         progress.say(f"{stage}: greedy pass@1 {100 * result.greedy.value:.1f} %")
+
+    def _as_asked(self, stage: str) -> tuple[list[Problem], RewardConfig]:
+        """The held-out problems and the judge, in the form that a stage was taught."""
+        reward = self.training.reward
+        if stage not in self.config.evaluate.base:
+            return self.problems, reward
+        problems = [replace(p, prompt=document_head(str(p.prompt))) for p in self.problems]
+        plain = {"code_block": "whole", "code_needs_format": False}
+        return problems, reward.model_copy(update=plain)
 
     def _rl_mark(self) -> str:
         """Names everything that the RL stage's weights depend on."""
@@ -264,7 +279,7 @@ class Demo:
         os.replace(partial, path)
 
 
-def _problems(evaluate: EvaluateConfig, training: TrainConfig) -> list[Any]:
+def _problems(evaluate: EvaluateConfig, training: TrainConfig) -> list[Problem]:
     if evaluate.source.startswith(EMBEDDED):
         seed = training.data.seed
         return load_problems(evaluate.source, seed=seed, count=evaluate.count)

@@ -265,7 +265,7 @@ def _sample_view(sample: Any) -> dict[str, Any]:
     """A sample with each token's share of the way through denoising (0 first .. 1 last)."""
     last = max(sample.steps, default=0) or 1
     tokens = list(zip(sample.tokens, sample.steps, strict=False))
-    verdicts = [*sample.verdicts, *["not judged"] * (len(sample.tests) - len(sample.verdicts))]
+    verdicts = [*sample.verdicts, *["not run"] * (len(sample.tests) - len(sample.verdicts))]
     return {
         "sample": sample,
         "tokens": [

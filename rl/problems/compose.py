@@ -73,7 +73,15 @@ class Chain:
 
     def document(self) -> str:
         """One document of plain code for the pretraining corpus."""
-        return f"# {self.words()}\n{self.code()}\n"
+        return f"{document_head(self.prompt())}\n{self.code()}\n"
+
+
+def document_head(prompt: str) -> str:
+    """The comment that opens the document of a prompt: what a model that never saw a prompt knows.
+
+    `Write f(xs): sort the list.` becomes `# sort the list`.
+    """
+    return "# " + prompt.split("): ", maxsplit=1)[1].removesuffix(".")
 
 
 def run_ops(steps: Sequence[tuple[Op, int]], value: Any) -> Any:

@@ -333,7 +333,11 @@ def test_two_ranks_make_the_same_model(
         )
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    try:
+        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     for one in alone:
         two = stage_folder(tmp_path / "two", one.name)

@@ -72,7 +72,7 @@ def make_config(checkpoint_folder: Path, tmp_path: Path) -> Callable[..., TrainC
                 "rollout": {"num_cpus": 0.1},
                 "reward": {"num_cpus": 0.1},
                 "learner": {"num_cpus": 0.1},
-                "timeout_s": 90.0,
+                "timeout_s": 200.0,
             },
             "train": {"steps": 4},
         }

@@ -57,11 +57,11 @@ def a_run(cluster: Any, problems: list[Problem], folder: Path) -> dict[str, Any]
     versions, rollouts, metrics = [], [], []
     for step in range(2):
         versions.append(cluster.sync_weights())
-        groups = cluster.score(cluster.generate(problems, seed=step).result(120)).result(120)
+        groups = cluster.score(cluster.generate(problems, seed=step).result(250)).result(250)
         rollouts.append(groups)
         metrics.append(cluster.update(groups, step))
     versions.append(cluster.sync_weights())
-    evaluated = cluster.evaluate(problems, GREEDY, 1, seed=7).result(120)
+    evaluated = cluster.evaluate(problems, GREEDY, 1, seed=7).result(250)
     cluster.export(folder / "hf")
     return {
         "versions": versions,
@@ -167,14 +167,14 @@ def test_a_killed_rollout_worker_answers_with_the_newest_weights(
     cluster = open_cluster(ray_config(rollouts=2))
     cluster.update(scored_groups, 0)
     version = cluster.sync_weights()
-    before = cluster.generate(problems, seed=1).result(120)
+    before = cluster.generate(problems, seed=1).result(250)
     under_way = cluster.generate(problems, seed=1)
     os.kill(cluster.pids["rollout-0"], signal.SIGKILL)
-    assert under_way.result(120) == before
+    assert under_way.result(250) == before
     assert {r.policy_version for group in before for r in group.rollouts} == {version}
     # And the reward worker likewise.
     os.kill(cluster.pids["reward-0"], signal.SIGKILL)
-    assert len(cluster.score(before).result(120)) == len(problems)
+    assert len(cluster.score(before).result(250)) == len(problems)
     # The learner is a gang: its death ends the run, and says where to look.
     os.kill(cluster.pids["learner-0"], signal.SIGKILL)
     with pytest.raises(InfrastructureError, match=r"learner-0 failed in `update`.*learner-0\.log"):
@@ -253,7 +253,7 @@ def test_a_cluster_of_its_own_is_silent_and_leaves_nothing(
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
         start_new_session=True,
     )
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
