@@ -169,6 +169,26 @@ def test_block_rows_with_shift_inside_a_block(monkeypatch: pytest.MonkeyPatch) -
     assert training.rows.select.tolist() == [0, 4]
 
 
+def test_a_later_document_is_not_opened_by_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two plain documents of four tokens: the second's first token has nothing before it."""
+    numbers = torch.arange(8)[None]
+    ones = torch.ones(1, 8, dtype=torch.bool)
+    rows = Packed(
+        tokens=10 + numbers,
+        document=numbers // 4,
+        position=numbers % 4,
+        block=numbers % 4 // 2,
+        segment=numbers // 2,
+        supervised=ones,
+        valid=ones,
+    )
+    drawn = Corruption(ones, torch.ones(1, 8), 0.0)
+    monkeypatch.setattr(objective, "corrupt_blocks", lambda *_: drawn)
+    training = block_diffusion_rows(rows, noise(shift=True))
+    # Places 0..7 are noisy, 8..15 clean. Tokens 2 and 6 open blocks: clean 1 and 5, at 9 and 13.
+    assert training.rows.select.tolist() == [0, 0, 9, 2, 4, 4, 13, 6]
+
+
 def test_shifted_places_in_the_second_row(monkeypatch: pytest.MonkeyPatch) -> None:
     one = packed()
     two = Packed(*(getattr(one, f).repeat(2, 1) for f in one.__dataclass_fields__))

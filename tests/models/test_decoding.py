@@ -162,6 +162,7 @@ CASES: list[tuple[tuple[str, bool], dict[str, Any]]] = [
     (BLOCK, {"threshold": 0.4, "temperature": 0.0}),
     (BLOCK, {"threshold": 0.5, "temperature": 0.5}),
     (BLOCK, {"threshold": -1.5, "remasking": "entropy"}),
+    (BLOCK, {"threshold": 0.9, "steps_per_block": 1}),  # the threshold decides alone
     (SHIFTED, {"temperature": 0.0}),
     (SHIFTED, {"steps_per_block": 2}),
     (SHIFTED, {"threshold": 0.5, "temperature": 0.5}),
