@@ -4,6 +4,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.errors import UserError
@@ -41,11 +42,7 @@ def test_training_is_a_function_of_the_texts(tokenizer: PreTrainedTokenizerFast)
     assert train_tokenizer(iter(TEXTS), 300).get_vocab() == tokenizer.get_vocab()
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
-def test_a_loaded_tokenizer_gives_the_same_ids(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model_type: str
-) -> None:
-    """RL must read the ids that pretraining wrote, whatever the family of the model."""
+def save_beside_a_model(tokenizer: PreTrainedTokenizerFast, folder: Path, model_type: str) -> None:
     architecture = {
         "model_type": model_type,
         "vocab_size": 300,
@@ -56,7 +53,15 @@ def test_a_loaded_tokenizer_gives_the_same_ids(
         "num_key_value_heads": 1,
     }
     spec = DiffusionSpec(mask_token_id=2, logit_shift=False, attention="causal", block_size=1)
-    save_checkpoint(tmp_path, new_model(architecture, 0), tokenizer, spec)
+    save_checkpoint(folder, new_model(architecture, 0), tokenizer, spec)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_a_loaded_tokenizer_gives_the_same_ids(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model_type: str
+) -> None:
+    """RL must read the ids that pretraining wrote, whatever the family of the model."""
+    save_beside_a_model(tokenizer, tmp_path, model_type)
     loaded = load_tokenizer(tmp_path)
     stock = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     for text in (*TEXTS[:2], TRICKY):
@@ -68,6 +73,26 @@ def test_a_loaded_tokenizer_gives_the_same_ids(
     again = tmp_path / "again"
     loaded.save_pretrained(again)
     assert load_tokenizer(again).encode(TRICKY) == tokenizer.encode(TRICKY)
+
+
+def test_a_home_made_tokenizer_is_taken_as_it_stands(tmp_path: Path) -> None:
+    """AutoTokenizer would put Qwen2's pre-tokenizer in its place, and other ids in training."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<eos>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    home_made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", mask_token="<mask>"
+    )
+    save_beside_a_model(home_made, tmp_path, "qwen2")
+    stock = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert stock.encode(TRICKY) != home_made.encode(TRICKY)
+    assert load_tokenizer(tmp_path).encode(TRICKY) == home_made.encode(TRICKY)
 
 
 def test_prompts_end_with_one_newline(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -70,7 +70,10 @@ def test_the_run_folder() -> None:
         ),
         ("algorithm={beta: 0.0, reference_refresh_steps: 4}", "reference_refresh_steps=4"),
         ("cluster={kind: local, learner: {ranks: 2}}", "cluster.learner.ranks=2"),
-        ("cluster={kind: local, address: 'h:1'}", "cluster.address=h:1"),
+        (
+            "cluster={kind: local, learner: {ranks: 1}, address: 'h:1'}",
+            "cluster.address=h:1",
+        ),
         ("cluster.rollout={min: 3, max: 2}", "cluster.rollout.min=3"),
         ("rollout.group_sise=4", "rollout.group_sise: unknown key"),
         ("rollout.group_size=four", "rollout.group_size"),

@@ -146,7 +146,7 @@ def test_a_run_from_nothing_to_an_exported_model(config_file: Path, checkpoint: 
     result = invoke("--config", config_file)
     assert result.exit_code == 0, result.output
     run = config_file.parent / "run"
-    assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["total_steps"] == 8
+    assert load_train_config(run / "config.yaml").schedule.total_steps == 8
     assert (run / "rl" / "latest").read_text() == "global_step_4\n"
     assert (run / "rl" / "global_step_2" / "state.json").is_file()
     records = read_metrics(run / "metrics.jsonl")
