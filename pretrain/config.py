@@ -12,11 +12,15 @@ from pretrain.stages import StageSection
 
 
 class RunSection(Section):
-    """name: of the run. folder: where stages, logs and metrics go. seed: of everything drawn."""
+    """name: of the run. folder: where stages, logs and metrics go. seed: of everything drawn.
+
+    data_seed: of the embedded splits; apart, so that runs of several seeds learn from one data set.
+    """
 
     name: str
     folder: Path
     seed: int = 0
+    data_seed: int = 0
 
 
 class TokenizerSection(Section):

@@ -55,7 +55,8 @@ def run_pretraining(config: PretrainConfig, sink: Sink, progress: Progress) -> l
     if config.threads:
         torch.set_num_threads(config.threads)
     _check_ranks(config, world)
-    examples = {s.name: load_examples(s.data, s.count, config.run.seed) for s in config.stages}
+    data_seed = config.run.data_seed
+    examples = {s.name: load_examples(s.data, s.count, data_seed) for s in config.stages}
     tokenizer, start = _tokenizer_and_start(config, examples)
     streams = {
         s.name: _stream(s, examples[s.name], tokenizer, config.run.seed) for s in config.stages
