@@ -35,12 +35,13 @@ HEADLINES = (
 class MetricsConfig(Section):
     """Optional sinks and how talkative the console is.
 
-    wandb: `offline` writes under the run folder and needs no key; `online` needs `wandb login`.
+    wandb: its own three words (`off` would be a YAML boolean); `offline` writes under the run
+        folder and needs no key; `online` needs `wandb login`.
     tensorboard: event files under `<run folder>/tensorboard`.
     console_every_s: at most one line per stage in this many seconds; evaluations always print.
     """
 
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "unmask"
     tensorboard: bool = False
     console_every_s: float = 60.0
@@ -197,7 +198,7 @@ def open_metrics(
     """
     sinks: list[Sink] = []  # optional ones first: nothing is written if one is missing
     try:
-        if config.wandb != "off":
+        if config.wandb != "disabled":
             folder.mkdir(parents=True, exist_ok=True)
             sinks.append(WandbSink(folder, config.wandb_project, config.wandb, run_config))
         if config.tensorboard:
