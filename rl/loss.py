@@ -4,6 +4,7 @@ Shapes: B completions, C the longest supervised length; every tensor is [B, C] u
 Metrics are sums beside the number of tokens they are sums over: ranks add them up, then divide.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class LossTerms:
     normaliser: supervised tokens of the whole global batch, fixed before any sharding.
     epsilon_low, epsilon_high: the ratio is clipped to [1 - epsilon_low, 1 + epsilon_high].
     reference: log-probabilities of the reference policy, same masks; needed if beta > 0.
-    beta: weight of the k3 KL to the reference.
+    beta: weight of the k3 KL to the reference. kl_tail: see `k3_kl`.
     importance: truncated weight behaviour -> proximal for stale rollouts, detached; None is 1.
     """
 
@@ -34,16 +35,22 @@ class LossTerms:
     epsilon_high: float
     reference: Tensor | None = None
     beta: float = 0.0
+    kl_tail: float | None = None
     importance: Tensor | None = None
 
 
-def k3_kl(logps: Tensor, reference: Tensor) -> Tensor:
+def k3_kl(logps: Tensor, reference: Tensor, tail: float | None = None) -> Tensor:
     """Schulman's k3 estimate of KL(policy || reference) per token: exp(d) - d - 1, d = ref - logp.
 
-    Never negative, zero where the two agree.
+    Never negative, zero where the two agree. Beyond d = `tail` it goes on along its tangent: one
+    token that a mask shows in a context which decoding never visits can have a d of 10, and its
+    gradient of exp(10) would be all that is left of the step after clipping.
     """
     difference = reference - logps
-    return torch.expm1(difference) - difference
+    if tail is None:
+        return torch.expm1(difference) - difference
+    near = difference.clamp(max=tail)
+    return torch.expm1(near) - near + (difference - near) * math.expm1(tail)
 
 
 def truncated_importance(proximal: Tensor, behaviour: Tensor, cap: float) -> Tensor:
@@ -74,7 +81,7 @@ def clipped_policy_loss(logps: Tensor, terms: LossTerms) -> tuple[Tensor, dict[s
     per_token = -gain
     kl = torch.zeros_like(logps)
     if terms.reference is not None:
-        kl = k3_kl(logps, terms.reference)
+        kl = k3_kl(logps, terms.reference, terms.kl_tail)
     elif terms.beta > 0:
         raise ValueError("beta > 0 needs the reference's log-probabilities")
     if terms.beta > 0:

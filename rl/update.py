@@ -35,6 +35,7 @@ class AlgorithmConfig(Section):
 
     num_iterations: optimizer steps per batch of rollouts (mu), each under its own masks.
     beta: weight of the k3 KL to the reference policy; 0 keeps no reference in memory.
+    kl_tail: log-ratio beyond which the KL grows linearly (`rl.loss.k3_kl`); None is the plain k3.
     epsilon_low, epsilon_high: bounds of the clipped ratio.
     reference_refresh_steps: every K steps the reference becomes the policy; 0 is never.
     max_staleness: updates that may lie between a rollout's weights and its use; 0 is synchronous.
@@ -45,6 +46,7 @@ class AlgorithmConfig(Section):
     estimator: EstimatorConfig = EstimatorConfig()
     num_iterations: int = Field(default=2, ge=1)
     beta: float = Field(default=0.01, ge=0)
+    kl_tail: float | None = Field(default=None, gt=0)
     epsilon_low: float = Field(default=0.2, gt=0, lt=1)
     epsilon_high: float = Field(default=0.2, gt=0)
     advantage: Baseline = "mean"
@@ -158,6 +160,7 @@ class PolicyUpdater:
             epsilon_high=self._config.epsilon_high,
             reference=None if reference is None else reference[number],
             beta=self._config.beta,
+            kl_tail=self._config.kl_tail,
         )
 
     def _logps(self, score: TokenScorer, micro: MicroBatch, step: int, iteration: int) -> Tensor:

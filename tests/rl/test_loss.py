@@ -55,6 +55,18 @@ def test_k3_kl() -> None:
     assert k3_kl(logps, reference).tolist() == pytest.approx([1 - LOG2, 0.0, LOG2 - 0.5])
 
 
+def test_the_tail_of_k3_is_its_tangent() -> None:
+    # tail = log 2, where k3 = 1 - log 2 and its slope is 2 - 1 = 1; one further: 2 - log 2.
+    logps = torch.tensor([0.0, -LOG2, -LOG2 - 1.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-LOG2, 0.0, 0.0], dtype=torch.float64)
+    kl = k3_kl(logps, reference, tail=LOG2)
+    assert kl.tolist() == pytest.approx([LOG2 - 0.5, 1 - LOG2, 2 - LOG2])
+    kl.sum().backward()
+    # d kl / d logp = 1 - exp(d), and never below 1 - exp(tail) = -1
+    assert logps.grad is not None
+    assert logps.grad.tolist() == pytest.approx([0.5, -1.0, -1.0])
+
+
 def test_beta_adds_the_kl_to_the_loss_once() -> None:
     logps = torch.tensor([[-LOG2]], requires_grad=True)
     loss, sums = clipped_policy_loss(
