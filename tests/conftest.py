@@ -1,5 +1,4 @@
-"""What all tests share: one process for all Ray tests and one for all that run programs in the
-sandbox, and skips that say what they need."""
+"""What all tests share: one process for all Ray tests, and skips that say what they need."""
 
 import importlib.util
 import shutil
@@ -25,10 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))
-        elif "sandbox" in item.path.parts:
-            # Without user namespaces all programs share one user, and so one limit of processes:
-            # a fork bomb of one test would be the end of an honest program of another.
-            item.add_marker(pytest.mark.xdist_group("sandbox"))
         for marker in ("gpu", "docker", "vllm"):
             reason = _missing(marker) if item.get_closest_marker(marker) else None
             if reason:
