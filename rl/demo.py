@@ -127,15 +127,15 @@ class Demo:
     def _make_room(self, progress: Progress, fresh: bool) -> None:
         """A run of another seed is set aside, and this seed's is fetched back if there is one."""
         old = _read_json(self.folder / PIPELINE_FILE).get("seed", self.seed)
+        aside, back = (
+            self.folder.with_name(f"{self.folder.name}-seed{s}") for s in (old, self.seed)
+        )
         if old != self.seed:
-            aside, back = (
-                self.folder.with_name(f"{self.folder.name}-seed{s}") for s in (old, self.seed)
-            )
             shutil.rmtree(aside, ignore_errors=True)
             self.folder.rename(aside)
             progress.say(f"the run with seed {old} is kept in {aside}")
-            if back.is_dir():
-                back.rename(self.folder)
+        if back.is_dir() and not self.folder.exists():
+            back.rename(self.folder)
         if fresh and self.folder.exists():
             self._discard()
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -503,8 +503,8 @@ def f(x):
     time.sleep(0.2)
     return 42
 """
-    # Without user namespaces the limit counts every sandboxed process on the machine, those of tests
-    # that run beside this one too: room for them, it is not the limit that is tested here.
+    # Without user namespaces the limit counts every sandboxed process on the machine, also those
+    # of tests that run beside this one: room for them, the limit is not what is tested here.
     roomy = dataclasses.replace(PATIENT, processes=128)
     assert judge(sandbox, code, limits=roomy) == "pass"
     assert mark not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
