@@ -33,8 +33,9 @@ help: ## what there is
 
 setup: $(VENV)/.installed $(VENV)/.linked ## the .venv from requirements/cpu.txt (only if it changed)
 
+# PASSIVE: idle OpenMP threads sleep. Spinning, two such programs on two cores run 30 times slower.
 demo: need-shm setup ## the whole pipeline on this machine; SEED=k, FRESH=1 starts anew
-	@HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -m rl.demo --config $(CONFIG) $(if $(SEED),--seed $(SEED)) $(if $(FRESH),--fresh)
+	@OMP_WAIT_POLICY=PASSIVE HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -m rl.demo --config $(CONFIG) $(if $(SEED),--seed $(SEED)) $(if $(FRESH),--fresh)
 
 test: need-shm setup ## all tests that this machine can run; TESTS=tests/rl for some
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup $(TESTS)

@@ -13,6 +13,10 @@ import typer
 from common.errors import UserError
 from common.exits import exit_codes
 
+# Idle OpenMP threads sleep: spinning, they halt every other program on a busy machine. OpenMP reads
+# this when torch is loaded, so here is the place.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 app = typer.Typer(
     name="unmask",
     help="RL post-training for code diffusion language models, on Ray.",
