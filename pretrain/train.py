@@ -42,41 +42,50 @@ def stage_folder(run_folder: Path, stage: str) -> Path:
     return run_folder / "stages" / stage
 
 
-def run_pretraining(config: PretrainConfig, sink: Sink, progress: Progress) -> list[Path]:
-    """Run every stage that is not finished yet; returns the stages' checkpoint folders.
-
-    A stage is reused if its folder was written by the same settings (its own and those of the
-    stages before it) and seed. All data is read and tokenized before the first step.
+class Pretraining:
+    """All stages with their rows, read and tokenized. Nothing is written before `run`.
 
     Raises:
-        UserError: bad data or settings, before anything is written.
+        UserError: bad data or settings.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    _check_ranks(config, world)
-    data_seed = config.run.data_seed
-    examples = {s.name: load_examples(s.data, s.count, data_seed) for s in config.stages}
-    tokenizer, start = _tokenizer_and_start(config, examples)
-    streams = {
-        s.name: _stream(s, examples[s.name], tokenizer, config.run.seed) for s in config.stages
-    }
-    folders, previous = [], start
-    engine: Engine | None = None
-    for number, stage in enumerate(config.stages):
-        folder = stage_folder(config.run.folder, stage.name)
-        mark = _fingerprint(config, number, examples)
-        if config.resume == "auto" and _finished(folder, mark):
-            progress.say(f"stage {stage.name}: finished before, reused ({folder})")
-        else:
-            model = _start_model(config, previous, tokenizer)
-            job = _StageJob(stage, config, model, tokenizer, folder, mark)
-            engine = job.run(streams[stage.name], sink, progress, rank, world)
-        folders.append(folder)
-        previous = folder
-    if engine is not None:
-        engine.close()  # only now: the ranks' group serves all stages and cannot be made twice
-    return folders
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self._rank = int(os.environ.get("RANK", "0"))
+        self._world = int(os.environ.get("WORLD_SIZE", "1"))
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        _check_ranks(config, self._world)
+        seed, data_seed = config.run.seed, config.run.data_seed
+        examples = {s.name: load_examples(s.data, s.count, data_seed) for s in config.stages}
+        self._tokenizer, self._start = _tokenizer_and_start(config, examples)
+        if self._start is None:
+            with torch.device("meta"):  # a bad architecture is found now, at no cost
+                _start_model(config, None, self._tokenizer)
+        self._streams = [_stream(s, examples[s.name], self._tokenizer, seed) for s in config.stages]
+        self._marks = [_fingerprint(config, n, examples) for n in range(len(config.stages))]
+
+    def run(self, sink: Sink, progress: Progress) -> list[Path]:
+        """Run every stage that is not finished yet; returns the stages' checkpoint folders.
+
+        A stage is reused if its folder was written by the same settings (its own and those of
+        the stages before it) and seed.
+        """
+        folders, previous = [], self._start
+        engine: Engine | None = None
+        for stage, stream, mark in zip(self.config.stages, self._streams, self._marks, strict=True):
+            folder = stage_folder(self.config.run.folder, stage.name)
+            if self.config.resume == "auto" and _finished(folder, mark):
+                progress.say(f"stage {stage.name}: finished before, reused ({folder})")
+            else:
+                model = _start_model(self.config, previous, self._tokenizer)
+                job = _StageJob(stage, self.config, model, self._tokenizer, folder, mark)
+                engine = job.run(stream, sink, progress, self._rank, self._world)
+            folders.append(folder)
+            previous = folder
+        if engine is not None:
+            engine.close()  # only now: the ranks' group serves all stages and cannot be made twice
+        return folders
 
 
 class _StageJob:
@@ -198,7 +207,12 @@ def _fingerprint(config: PretrainConfig, number: int, examples: dict[str, list[E
 
 def _finished(folder: Path, fingerprint: str) -> bool:
     record = folder / STAGE_FILE
-    return record.is_file() and json.loads(record.read_text())["fingerprint"] == fingerprint
+    try:
+        return record.is_file() and json.loads(record.read_text())["fingerprint"] == fingerprint
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{record}: damaged ({error}); remove {folder} to train the stage again"
+        ) from error
 
 
 def main(
@@ -219,15 +233,16 @@ def main(
 
 
 def _run(config: PretrainConfig) -> None:
+    pretraining = Pretraining(config)
     if int(os.environ.get("RANK", "0")) != 0:
-        run_pretraining(config, Metrics([]), SilentProgress())
+        pretraining.run(Metrics([]), SilentProgress())
         return
     folder = config.run.folder
     with (
         open_progress() as progress,
         open_metrics(folder, config.metrics, progress.say, config.model_dump(mode="json")) as sink,
     ):
-        for stage in run_pretraining(config, sink, progress):
+        for stage in pretraining.run(sink, progress):
             progress.say(str(stage))
 
 

@@ -30,7 +30,7 @@ from common.progress import Progress, open_progress
 from common.records import Problem
 from models.checkpoint import load_tokenizer
 from pretrain.config import PretrainConfig
-from pretrain.train import STAGE_FILE, run_pretraining, stage_folder
+from pretrain.train import STAGE_FILE, Pretraining, stage_folder
 from rewards.compose import RewardConfig
 from rl.config import TrainConfig, load_train_config
 from rl.data import EMBEDDED, load_problems
@@ -155,8 +155,9 @@ class Demo:
         self._note(seed=self.seed, stages=[*folders, RL])
         began = monotonic()
         try:
+            job = Pretraining(self.pretraining)
             with open_metrics(self.folder, self.pretraining.metrics, progress.say) as sink:
-                run_pretraining(self.pretraining, sink, progress)
+                job.run(sink, progress)
         finally:
             spent = monotonic() - began
             after = {name: _mark(folder) for name, folder in folders.items()}

@@ -20,7 +20,7 @@ from common.seeding import derive_seed
 from models.decoding import DecodingConfig
 from rl.batch import drop_stale, rollout_metrics
 from rl.checkpoint import Checkpoints, RunState, interrupt_deferred
-from rl.evaluate import evaluation_metrics
+from rl.estimates import evaluation_metrics
 
 
 class Cluster(Protocol):

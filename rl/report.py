@@ -19,7 +19,7 @@ from rich.table import Table
 
 from common.errors import UserError
 from common.metrics import METRICS_FILE, read_metrics, series
-from rl.evaluate import Estimate
+from rl.estimates import Estimate
 from rl.figures import FigureBlock, figures
 from rl.results import StageResult, paired, read_results
 

@@ -9,14 +9,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.records import Group, Problem, Rollout
-from rl.batch import rollout_metrics
-from rl.evaluate import Estimate, Evaluation, bootstrap, pass_rates, passed
+from rl.estimates import Estimate, bootstrap, pass_rates, passed
+
+if TYPE_CHECKING:  # reading results must not cost the seconds that torch takes to import
+    from transformers import PreTrainedTokenizerFast
+
+    from rl.evaluate import Evaluation
 
 FOLDER = "evaluations"
 SAMPLES = 10
@@ -65,8 +67,8 @@ class StageResult:
 
 
 def summarise(
-    evaluation: Evaluation,
-    tokenizer: PreTrainedTokenizerFast,
+    evaluation: "Evaluation",
+    tokenizer: "PreTrainedTokenizerFast",
     *,
     stage: str,
     checkpoint: Path,
@@ -91,14 +93,14 @@ def summarise(
         evaluate_seconds=evaluate_seconds,
         seed=seed,
         rates=pass_rates(evaluation.groups),
-        metrics=rollout_metrics(evaluation.groups),
+        metrics=evaluation.metrics,
         fingerprint=fingerprint,
         samples=pick_samples(evaluation.groups, tokenizer),
     )
 
 
 def pick_samples(
-    groups: Sequence[Group], tokenizer: PreTrainedTokenizerFast, count: int = SAMPLES
+    groups: Sequence[Group], tokenizer: "PreTrainedTokenizerFast", count: int = SAMPLES
 ) -> tuple[Sample, ...]:
     """`count` first completions, spread evenly over the problems: not the best ones."""
     stride = max(1, len(groups) // count)
@@ -106,7 +108,7 @@ def pick_samples(
     return tuple(make_sample(group.problem, group.rollouts[0], tokenizer) for group in chosen)
 
 
-def make_sample(problem: Problem, rollout: Rollout, tokenizer: PreTrainedTokenizerFast) -> Sample:
+def make_sample(problem: Problem, rollout: Rollout, tokenizer: "PreTrainedTokenizerFast") -> Sample:
     """One completion as plain values; an EOS that ended it is left out of the tokens."""
     completion, score = rollout.completion, rollout.score
     ids = list(completion.token_ids)

@@ -23,7 +23,7 @@ from models.decoding import Decoder, DecodingConfig, Request
 from models.tokenizer import encode_prompt
 from pretrain.config import PretrainConfig
 from pretrain.sources import load_examples
-from pretrain.train import main, run_pretraining, stage_folder
+from pretrain.train import Pretraining, main, stage_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 MakeValues = Callable[..., dict[str, Any]]
@@ -59,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(finished: Path, make_values: MakeValues, memory: Any) -> Path:
     if not finished.exists():
-        run_pretraining(config_of(make_values(finished)), memory, memory)
+        Pretraining(config_of(make_values(finished))).run(memory, memory)
     return finished
 
 
@@ -67,7 +67,7 @@ def run(finished: Path, make_values: MakeValues, memory: Any) -> Path:
 
 
 def test_stages_in_order(tmp_path: Path, make_values: MakeValues, memory: Any) -> None:
-    folders = run_pretraining(config_of(make_values(tmp_path)), memory, memory)
+    folders = Pretraining(config_of(make_values(tmp_path))).run(memory, memory)
     assert folders == [stage_folder(tmp_path, name) for name in NAMES]
     assert [(at, step) for at, step, _ in memory.records] == [(n, s) for n in NAMES for s in (1, 2)]
     assert {
@@ -120,7 +120,7 @@ def test_a_stage_decodes(run: Path) -> None:
 def test_same_seed_same_weights(
     run: Path, tmp_path: Path, make_values: MakeValues, memory: Any
 ) -> None:
-    folders = run_pretraining(config_of(make_values(tmp_path)), memory, memory)
+    folders = Pretraining(config_of(make_values(tmp_path))).run(memory, memory)
     for folder, name in zip(folders, NAMES, strict=True):
         assert torch.equal(weights(folder), weights(stage_folder(run, name)))
 
@@ -128,7 +128,7 @@ def test_same_seed_same_weights(
 def test_loss_falls(tmp_path: Path, make_values: MakeValues, memory: Any) -> None:
     values = make_values(tmp_path)
     values["stages"] = [change(values, "stages.0.steps", 25)["stages"][0]]
-    run_pretraining(config_of(values), memory, memory)
+    Pretraining(config_of(values)).run(memory, memory)
     losses = memory.series("ar")
     assert losses[0] > 5.0 and losses[-1] < 0.8 * losses[0]
 
@@ -137,7 +137,7 @@ def test_loss_falls(tmp_path: Path, make_values: MakeValues, memory: Any) -> Non
 
 
 def test_finished_stages_are_reused(run: Path, make_values: MakeValues, memory: Any) -> None:
-    folders = run_pretraining(config_of(make_values(run)), memory, memory)
+    folders = Pretraining(config_of(make_values(run))).run(memory, memory)
     assert memory.records == []
     assert [text for text in memory.said if "reused" in text] == memory.said
     assert len(memory.said) == 3 and folders == [stage_folder(run, name) for name in NAMES]
@@ -167,7 +167,7 @@ def test_what_is_made_again(
     again: list[str],
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
-    run_pretraining(config_of(change(make_values(tmp_path / "run"), key, value)), memory, memory)
+    Pretraining(config_of(change(make_values(tmp_path / "run"), key, value))).run(memory, memory)
     assert list(dict.fromkeys(at for at, _, _ in memory.records)) == again
 
 
@@ -184,11 +184,11 @@ def test_an_interrupted_stage_is_not_finished(
 
     monkeypatch.setattr(memory, "log", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run_pretraining(config, memory, memory)
+        Pretraining(config).run(memory, memory)
     assert stage_folder(tmp_path, "ar").is_dir() and not stage_folder(tmp_path, "block").exists()
     monkeypatch.undo()
     memory.records.clear()
-    run_pretraining(config, memory, memory)
+    Pretraining(config).run(memory, memory)
     assert list(dict.fromkeys(at for at, _, _ in memory.records)) == ["block", "sft"]
 
 
@@ -201,7 +201,7 @@ def test_a_changed_data_file_is_learned_again(
     for text in ("x = 1", "x = 2"):
         path.write_text(json.dumps({"text": text}) + "\n")
         memory.records.clear()
-        run_pretraining(config_of(values), memory, memory)
+        Pretraining(config_of(values)).run(memory, memory)
         assert len(memory.records) == 2
 
 
@@ -210,7 +210,7 @@ def test_start_from_a_checkpoint(
 ) -> None:
     values = make_values(tmp_path, start=str(stage_folder(run, "block")), architecture={})
     values["stages"] = values["stages"][2:]
-    (folder,) = run_pretraining(config_of(values), memory, memory)
+    (folder,) = Pretraining(config_of(values)).run(memory, memory)
     before = load_checkpoint(stage_folder(run, "block"))
     after = load_checkpoint(folder)
     assert after.tokenizer.get_vocab() == before.tokenizer.get_vocab()
@@ -229,7 +229,7 @@ def test_start_from_a_tokenizer_without_a_mask_token(
     assert load_checkpoint(start).tokenizer.mask_token_id is None
     values = make_values(tmp_path / "run", start=str(start), architecture={})
     values["stages"] = values["stages"][2:]
-    (folder,) = run_pretraining(config_of(values), memory, memory)
+    (folder,) = Pretraining(config_of(values)).run(memory, memory)
     found = load_checkpoint(folder)
     assert found.spec.mask_token_id == found.tokenizer.mask_token_id == 2
 
@@ -239,7 +239,7 @@ def test_other_objectives(tmp_path: Path, make_values: MakeValues, memory: Any) 
     values = make_values(tmp_path)
     values["stages"][1] |= {"objective": "causal_diffusion", "logit_shift": True}
     values["stages"][2] |= {"objective": "bidirectional", "logit_shift": True}
-    folders = run_pretraining(config_of(values), memory, memory)
+    folders = Pretraining(config_of(values)).run(memory, memory)
     specs = [load_checkpoint(folder).spec for folder in folders]
     assert [spec.attention for spec in specs] == ["causal", "causal", "bidirectional"]
     assert all(spec.logit_shift for spec in specs)
@@ -289,7 +289,18 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert result.exit_code == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("unmask:")]
     assert message in line
-    assert not (tmp_path / "run" / "stages").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_stage_record_names_the_file(
+    run: Path, tmp_path: Path, make_values: MakeValues
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "stages" / "block" / "stage.json").write_text('{"stage": "block"')
+    result = command(tmp_path, make_values(copy))
+    assert result.exit_code == 2
+    assert "stage.json: damaged" in result.stderr and "remove" in result.stderr
 
 
 def test_missing_config_file(tmp_path: Path) -> None:
@@ -304,7 +315,7 @@ def test_ranks_must_share_the_micro_batches(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"stages\.ar: 2 micro-batches a step .* 4 ranks"):
-        run_pretraining(config_of(make_values(tmp_path)), memory, memory)
+        Pretraining(config_of(make_values(tmp_path))).run(memory, memory)
     assert not list(tmp_path.iterdir())
 
 
@@ -313,7 +324,7 @@ def test_two_ranks_make_the_same_model(
     tmp_path: Path, make_values: MakeValues, memory: Any
 ) -> None:
     """Two processes on DeepSpeed, stage after stage, against the plain engine on one."""
-    alone = run_pretraining(config_of(make_values(tmp_path / "one")), memory, memory)
+    alone = Pretraining(config_of(make_values(tmp_path / "one"))).run(memory, memory)
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump(make_values(tmp_path / "two", engine={"kind": "deepspeed"})))
     with socket.socket() as probe:

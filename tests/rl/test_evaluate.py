@@ -17,9 +17,8 @@ from models.checkpoint import new_model, save_checkpoint
 from models.decoding import DecodingConfig
 from models.spec import DiffusionSpec
 from models.tokenizer import train_tokenizer
-from rl.evaluate import (
+from rl.estimates import (
     bootstrap,
-    evaluate_checkpoint,
     evaluation_metrics,
     mean_pass_at_k,
     paired_difference,
@@ -28,6 +27,7 @@ from rl.evaluate import (
     pass_rates,
     passed,
 )
+from rl.evaluate import evaluate_checkpoint
 
 
 def group(problem_id: str, *outcomes: str) -> Group:

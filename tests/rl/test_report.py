@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +13,7 @@ from rich.console import Console
 
 from common.errors import UserError
 from common.records import Completion, Group, Message, Problem, Rollout, Score
-from rl.evaluate import Estimate
+from rl.estimates import Estimate
 from rl.figures import figures
 from rl.plots import COLOURS, Line, curves, running_mean, stacked
 from rl.report import clock, percent, stage_table, write_report
@@ -314,3 +316,8 @@ def test_running_mean_by_hand() -> None:
 def test_words_for_numbers() -> None:
     assert percent(0.1234) == "12.3 %" and percent(None) == "–"
     assert clock(61.4) == "1:01" and clock(3661) == "1:01:01" and clock(None) == "–"
+
+
+def test_a_report_needs_no_torch() -> None:
+    code = "import sys, rl.report; sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
