@@ -99,6 +99,7 @@ class Demo:
         self.training = load_train_config(rl_file, [*config.rl.overrides, *own])
         self.problems = _problems(config.evaluate, self.training)
         self.notes: dict[str, Any] = {}
+        self._worked = 0.0  # seconds of this process in phases that were not reused
 
     def run(self, progress: Progress, fresh: bool) -> dict[str, Any]:
         """The whole pipeline; returns the contents of `report.json`.
@@ -108,7 +109,6 @@ class Demo:
         """
         self._make_room(progress, fresh)
         self.notes = _read_json(self.folder / PIPELINE_FILE)
-        before = sum(self.notes.get("seconds", {}).values())
         with PeakMemory() as memory:
             try:
                 self._pretrain(progress)
@@ -117,11 +117,10 @@ class Demo:
                     self._evaluate(stage.name, checkpoint, progress)
                 self._evaluate(RL, self._train(progress), progress)
             finally:
-                worked = sum(self.notes.get("seconds", {}).values()) - before
-                if worked > 0:  # a run that reuses everything says nothing of the pipeline
+                if self._worked > 0:  # a run that reuses everything says nothing of the pipeline
                     self._note_memory(memory)
-        if worked > 0:  # imports, problems, report: what no phase counts
-            self._spent("other", max(0.0, time() - psutil.Process().create_time() - worked))
+        if self._worked > 0:  # imports, problems, report: what no phase counts
+            self._spent("other", max(0.0, time() - psutil.Process().create_time() - self._worked))
         return write_report(self.folder)
 
     def _make_room(self, progress: Progress, fresh: bool) -> None:
@@ -166,6 +165,7 @@ class Demo:
                 self._spent("pretrain", None)
                 spent += sum(self._stage_seconds(name) for name in reused)
             if len(reused) < len(folders):
+                self._worked += monotonic() - began
                 self._spent("pretrain", spent)
 
     def _train(self, progress: Progress) -> Path:
@@ -256,7 +256,9 @@ class Demo:
         try:
             yield
         finally:
-            self._spent(phase, monotonic() - began)
+            seconds = monotonic() - began
+            self._worked += seconds
+            self._spent(phase, seconds)
 
     def _spent(self, phase: str, seconds: float | None) -> None:
         """Add seconds to a phase; None starts its count anew."""
