@@ -140,6 +140,8 @@ class Zygote:
             ready = poll.poll(_LOOK_MS)
             if not ready and not excess:
                 excess = self._excess(request, folder, oom_kills)
+                if not excess and self._census.memory_above(_memory_mib(request) << 20):
+                    excess = "memory"
                 if excess:
                     signal.pidfd_send_signal(watched, signal.SIGKILL)
             for descriptor, _ in ready:
@@ -153,15 +155,12 @@ class Zygote:
                     os._exit(0)
         os.close(watched)
         _, status, usage = os.wait4(child, 0)
-        if self._oom_kills() > oom_kills:
-            excess = "memory"
+        excess = excess or self._excess(request, folder, oom_kills)  # what was too quick to see
         return status, usage.ru_utime + usage.ru_stime, excess
 
     def _excess(self, request: dict[str, Any], folder: str | None, oom_kills: int) -> str:
-        """What the kernel bounds for each process, or not at all, looked at for all together."""
-        if self._oom_kills() > oom_kills:  # one of several processes; the others would go on
-            return "memory"
-        if self._census.memory_above(_memory_mib(request) << 20):
+        """Whether the kernel ended one of several processes, or the folder is too full."""
+        if self._oom_kills() > oom_kills:
             return "memory"
         if folder is not None and folders.too_full(folder, request["limits"]["disk_mib"] << 20):
             return "files"
