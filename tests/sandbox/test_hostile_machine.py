@@ -130,6 +130,18 @@ def f(x):
             pass
     return 0
 """,
+    "reads_with_root_rights": """
+import os
+def f(x):
+    for path in (HOST, '/etc/shadow', '/root/.bashrc', '/proc/1/environ', '/proc/1/mem'):
+        for act in (lambda: open(path).read(), lambda: os.listdir(os.path.dirname(HOST))):
+            try:
+                act()
+                return 42
+            except OSError:
+                pass
+    return 0
+""",
     "environment_secrets": """
 import os
 def f(x):
@@ -416,19 +428,9 @@ SPREAD = {
 }
 
 
-def kinds(level: str) -> list[str]:
-    """Without namespaces a Python in a folder that is not public has its loaded modules only."""
-    public = all(
-        folder.stat().st_mode & 0o001 for folder in Path(sys.base_prefix).resolve().parents
-    )
-    return list(SPREAD) if public or level == "namespace" else ["private"]
-
-
 @pytest.mark.parametrize("kind", SPREAD)
-def test_memory_spread_over_processes_is_bounded(judge, sandbox, kind):
+def test_memory_spread_over_processes_is_bounded(judge, kind):
     """Each stays below its own limit; together they do not."""
-    if kind not in kinds(sandbox.backend):
-        pytest.skip("the candidate cannot import mmap here")
     assert judge(spread(kind), limits=PATIENT) == "oom"
 
 
@@ -436,16 +438,14 @@ def test_memory_spread_over_processes_is_bounded(judge, sandbox, kind):
 def test_the_sum_is_bounded_without_control_groups(level, monkeypatch):
     monkeypatch.setattr(cgroup, "make", lambda: None)
     with Sandbox(level, workers=1) as made:
-        for kind in kinds(level):
+        for kind in SPREAD:
             case = Case(id=kind, code=spread(kind), tests=("assert f(41) == 42",), limits=PATIENT)
             assert made.run([case])[0].tests[0].verdict == "oom"
 
 
 def spread(kind: str) -> str:
     return f"""
-import os, time
-try: import mmap
-except ImportError: mmap = None
+import mmap, os, time
 def f(x):
     for _ in range(6):
         if os.fork() == 0:
