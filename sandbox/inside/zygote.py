@@ -6,7 +6,7 @@ child reads, so no job's data is ever in a later job's memory. Ends when its wor
 
 Control socket (SOCK_SEQPACKET): {"op": "run", "role", "limits"} with descriptors, answered by
 {"status", "cpu", "excess", "refused"} when the child *and all its descendants* are gone; {"op":
-"kill"} ends it early. The first message is the worker's go-ahead.
+"kill"} ends it early.
 """
 
 import contextlib
@@ -36,15 +36,19 @@ _COMPLAIN = 250  # where a child tells its zygote that it could not be confined;
 
 
 def main(options: dict[str, Any]) -> NoReturn:
-    """Serve the worker: options["descriptors"] are the control socket and, where we are in a
-    control group, its memory events.
+    """Serve the worker at the other end of descriptor options["control"].
+
+    options["events"]: a descriptor of our control group's memory events, if there is to be one:
+    then the worker sends a go-ahead when we are in it.
     """
-    control = socket.socket(fileno=options["descriptors"][0])
-    for descriptor in options["descriptors"]:
-        os.set_inheritable(descriptor, False)
+    control = socket.socket(fileno=options["control"])
+    events = options.get("events")
+    os.set_inheritable(control.fileno(), False)
+    if events is not None:
+        os.set_inheritable(events, False)
     for name in _PRELOADED.split():
         importlib.import_module(name)
-    if not control.recv(64):  # the worker says when we are in our control group
+    if events is not None and not control.recv(64):
         os._exit(0)
     surroundings = None
     spare = shell.spare_uid()
@@ -62,7 +66,6 @@ def main(options: dict[str, Any]) -> NoReturn:
     gc.collect()
     gc.disable()
     gc.freeze()
-    events = next(iter(options["descriptors"][1:]), None)
     place = Place(options["level"], options["folder"], surroundings, spare, proc, events)
     zygote = Zygote(control, place)
     control.send(json.dumps({"ready": os.getpid()}).encode())
