@@ -1,8 +1,8 @@
 """The worker's end of one zygote: start it, have it run something, kill it. No verdicts here."""
 
+import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sandbox import cgroup
+from sandbox.inside import folders
+from sandbox.inside.jail import JUDGE_MEMORY_MIB
 
 _START_SECONDS = 30.0
 _ANSWER_SECONDS = 10.0
@@ -29,10 +33,15 @@ class ZygoteError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a process ended: a wait status, CPU seconds of it and its reaped children."""
+    """How a process ended: a wait status, CPU seconds of it and its reaped children.
+
+    excess: `memory` or `files` if it was ended, or a part of it was, because all its processes
+    together had too much of that; else empty.
+    """
 
     status: int
     cpu: float
+    excess: str = ""
 
 
 class ZygoteProcess:
@@ -47,33 +56,50 @@ class ZygoteProcess:
         os.chmod(self._folder, 0o711)  # the landlock level runs as another user when we are root
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control = ours
-        options = {"control": theirs.fileno(), "level": level, "folder": self._folder}
-        python = getattr(sys, "_base_executable", None) or sys.executable
-        command = [python, "-I", "-S", "-E", "-B", "-c", _BOOT, str(_ROOT), json.dumps(options)]
+        self._group = cgroup.make()
+        events = None if self._group is None else self._group.open_events()
         try:
-            self._process = subprocess.Popen(
-                command,
-                env={},
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for the worker, which then closes us
-            )
+            self._process = self._spawn(theirs.fileno(), events)
         except OSError as error:
-            raise ZygoteError(f"cannot start {python}: {error}") from None
+            self._clean_up()
+            raise ZygoteError(f"cannot start {sys.executable}: {error}") from None
         finally:
             theirs.close()
+            if events is not None:
+                os.close(events)
+        if self._group is not None:
+            with contextlib.suppress(OSError):  # then the zygote's own watch has to do
+                self._group.add(self._process.pid)
+            with contextlib.suppress(OSError):  # it ended: no greeting comes, which says so
+                self.control.send(b"go")
         greeting = self._receive(_START_SECONDS)
         if "error" in greeting:
             self.close()
             raise ZygoteError(greeting["error"])
 
+    def _spawn(self, control: int, events: int | None) -> subprocess.Popen[bytes]:
+        options = {"control": control, "level": self.level, "folder": self._folder}
+        if events is not None:
+            options["events"] = events
+        python = getattr(sys, "_base_executable", None) or sys.executable
+        return subprocess.Popen(
+            [python, "-I", "-S", "-E", "-B", "-c", _BOOT, str(_ROOT), json.dumps(options)],
+            env={},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[control] if events is None else [control, events],
+            start_new_session=True,  # Ctrl-C is for the worker, which then closes us
+        )
+
     def run(self, role: str, limits: dict[str, Any], descriptors: Sequence[int]) -> None:
         """Start a child; `descriptors[0]` holds its payload. `wait` must follow before the next."""
         request = {"op": "run", "role": role, "limits": limits}
         try:
+            if self._group is not None:
+                memory = JUDGE_MEMORY_MIB if role == "judge" else limits["memory_mib"]
+                self._group.limit(memory + limits["disk_mib"], limits["processes"])
             socket.send_fds(self.control, [json.dumps(request).encode()], list(descriptors))
         except OSError as error:
             self.close()
@@ -95,7 +121,7 @@ class ZygoteProcess:
         answer = self._receive(seconds)
         if answer["refused"]:
             raise ZygoteError(f"a process could not be confined: {answer['refused'].strip()}")
-        return Ended(answer["status"], answer["cpu"])
+        return Ended(answer["status"], answer["cpu"], answer["excess"])
 
     def _receive(self, seconds: float) -> dict[str, Any]:
         self.control.settimeout(seconds)
@@ -120,4 +146,9 @@ class ZygoteProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        if self._group is not None:
+            self._group.remove()
+        folders.remove(self._folder)

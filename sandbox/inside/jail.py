@@ -10,7 +10,9 @@ import resource
 
 from sandbox.inside import landlock, seccomp, shell, syscalls
 
+JUDGE_MEMORY_MIB = 2048
 _MIB = 1 << 20
+_CAP_DAC_READ_SEARCH = 1 << 2
 CANDIDATE_NAMESPACES = (
     syscalls.NEWUSER | syscalls.NEWPID | syscalls.NEWNS | syscalls.NEWIPC | syscalls.NEWUTS
 )
@@ -44,17 +46,24 @@ def limit(seconds: float, memory_mib: int, disk_mib: int, processes: int | None)
         resource.setrlimit(kind, (value, value))
 
 
-def seal(level: str, folder: str | None) -> None:
+def seal(level: str, folder: str | None, spare: int | None) -> None:
     """Give up every privilege, for good. `folder` is the one writable folder (landlock level).
+
+    spare: the user to become if we are root (`shell.spare_uid`).
 
     Raises OSError where a level's part is missing: never runs on with less than was promised.
     """
     if level == "namespace":
         syscalls.set_capabilities(0)
-    elif shell.must_become_nobody():
+    elif spare is not None:
+        # The right to read is Landlock's to limit, and lost with the next exec.
+        keep = level == "landlock" and not shell.runtime_is_public()
+        if keep:
+            syscalls.prctl(syscalls.PR_SET_KEEPCAPS, 1)
         os.setgroups([])
-        os.setresgid(shell.NOBODY, shell.NOBODY, shell.NOBODY)
-        os.setresuid(shell.NOBODY, shell.NOBODY, shell.NOBODY)
+        os.setresgid(spare, spare, spare)
+        os.setresuid(spare, spare, spare)
+        syscalls.set_capabilities(_CAP_DAC_READ_SEARCH if keep else 0)
     elif os.geteuid() == 0:
         syscalls.set_capabilities(0)
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
