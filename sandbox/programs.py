@@ -7,6 +7,7 @@ and compared as text. What a compiler made is passed on unread.
 import contextlib
 import json
 import os
+import re
 import select
 import socket
 import time
@@ -28,6 +29,7 @@ _MAX_MADE_MIB = 64
 _MIB = 1 << 20
 _ROUNDING_MIB = 16  # small files take whole pages, of at most 4096 files
 _COMPILING = Limits(memory_mib=2048, processes=64, output_kib=_MAX_MADE_MIB * 1024, disk_mib=256)
+_NAMES_ERROR = re.compile(r"error|exception|panic|fatal", re.IGNORECASE)
 _PYTHON_OOM = ("MemoryError",)
 
 
@@ -193,9 +195,14 @@ def _compile_verdict(run: _Run, seconds: float) -> tuple[Verdict, str]:
 
 
 def _first_error(stderr: str) -> str:
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    named = [line for line in lines if "error" in line.lower()]
-    return (named or lines or ["the compiler gave no reason"])[0].strip()[:_MESSAGE_CHARS]
+    """What says most: the first line that names an error, else the last line."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    if not lines:
+        return "no reason given"
+    named = (i for i, line in enumerate(lines) if _NAMES_ERROR.search(line))
+    place = next(named, len(lines) - 1)
+    more = place + 2 if lines[place].endswith(":") else place + 1
+    return " ".join(lines[place:more])[:_MESSAGE_CHARS]
 
 
 def _verdict(run: _Run, case: Case, expected: str) -> tuple[Verdict, str]:
@@ -204,14 +211,14 @@ def _verdict(run: _Run, case: Case, expected: str) -> tuple[Verdict, str]:
     if run.reason is not None:
         return run.reason, ""
     code = os.waitstatus_to_exitcode(run.ended.status)
-    lines = run.stderr.splitlines()
-    last = lines[-1][:_MESSAGE_CHARS] if lines else ""
+    last = run.stderr.splitlines()[-1][:_MESSAGE_CHARS] if run.stderr else ""
+    complaint = last if case.language == "python" else _first_error(run.stderr)
     if code != 0 and any(mark in run.stderr for mark in _oom_marks(case.language)):
-        return "oom", last
+        return "oom", complaint
     if code < 0:
-        return how_it_ended(run.ended, last)
+        return how_it_ended(run.ended, complaint)
     if code > 0:
-        return "fail", f"exit status {code}: {last}"
+        return "fail", f"exit status {code}: {complaint}"
     try:
         printed = run.stdout.decode()
     except UnicodeDecodeError as error:

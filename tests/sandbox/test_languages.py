@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -314,6 +315,7 @@ def test_a_program_that_does_not_compile(sandbox, language):
 def test_an_exit_status_fails(sandbox, language):
     test = judge(sandbox, language, program(language, RAISES[language])).tests[0]
     assert test.verdict == "fail" and test.message.startswith("exit status "), test
+    assert "boom" in test.message, test
 
 
 @each(CRASHES)
@@ -563,6 +565,28 @@ def test_setup_is_text_before_the_program(sandbox):
         limits=PATIENT,
     )
     assert sandbox.run([case])[0].pass_rate == 1.0
+
+
+@pytest.mark.parametrize("level", ["namespace", "landlock"])
+def test_no_process_file_or_descriptor_is_left(level, tmp_path, monkeypatch):
+    if try_level(level) is not None:
+        pytest.skip(f"no {level} here")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before, children = len(os.listdir("/proc/self/fd")), _children()
+    with Sandbox(level, workers=1) as sandbox:
+        judge(sandbox, "c", HONEST["c"], *HONEST_TESTS)
+        judge(sandbox, "c", program("c", LOOPS["c"]), limits=HURRIED)
+        judge(sandbox, "c", program("c", ORPHANS["c"]))
+        judge(sandbox, "c", program("c", BROKEN["c"]))
+        assert _children() - children
+    assert len(os.listdir("/proc/self/fd")) <= before
+    assert not list(tmp_path.iterdir())
+    assert not _children() - children
+
+
+def _children() -> set[str]:
+    listings = Path("/proc/self/task").glob("*/children")
+    return {pid for listing in listings for pid in listing.read_text().split()}
 
 
 def test_a_missing_toolchain_is_no_verdict(monkeypatch):
