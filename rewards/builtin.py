@@ -42,11 +42,14 @@ class Sample:
         return f"problem {self.problem.problem_id!r} sample {self.rollout.sample_index}"
 
 
-def format_score(code: str | None) -> float:
-    """1.0 for a program that parses, 0.5 for one that does not, 0.0 for none."""
+def format_score(code: str | None, language: str = "python") -> float:
+    """1.0 for a program that parses, 0.5 for one that does not, 0.0 for none.
+
+    Only Python has a parser here: in other languages a block in the right language is 1.0.
+    """
     if code is None:
         return 0.0
-    return 1.0 if parses(code) else 0.5
+    return 1.0 if language != "python" or parses(code) else 0.5
 
 
 def parses(code: str) -> bool:
@@ -73,7 +76,10 @@ def code_binary(samples: Sequence[Sample]) -> list[Outcome]:
 
 
 def code_format(samples: Sequence[Sample]) -> list[Outcome]:
-    """1.0 one fenced block that parses, 0.5 fenced but a syntax error, 0.0 otherwise."""
+    """1.0 one fenced block that parses, 0.5 fenced but a syntax error, 0.0 otherwise.
+
+    A problem in another language than Python: 1.0 for a block in that language, else 0.0.
+    """
     return [Outcome(sample.format_score) for sample in samples]
 
 

@@ -160,8 +160,8 @@ class Rewarder:
         ]
 
     def _sample(self, problem: Problem, rollout: Rollout) -> Sample:
-        code = extract_code(rollout.completion.text, self._config.code_block)
-        return Sample(problem, rollout, code, format_score(code))
+        code = extract_code(rollout.completion.text, self._config.code_block, problem.language)
+        return Sample(problem, rollout, code, format_score(code, problem.language))
 
     def _run_programs(self, samples: list[Sample]) -> list[Sample]:
         if self._sandbox is None:
@@ -187,6 +187,7 @@ class Rewarder:
         problem = sample.problem
         return (
             sample.code, problem.tests, problem.stdin_tests, problem.setup, problem.entry_point,
+            problem.language, problem.float_tolerance,
         )  # fmt: skip
 
     def _case(self, case_id: str, sample: Sample) -> Case:
@@ -199,6 +200,8 @@ class Rewarder:
             stdin_tests=tuple(StdinTest(t.stdin, t.stdout) for t in problem.stdin_tests),
             setup=problem.setup,
             entry_point=problem.entry_point,
+            language=problem.language,
+            float_tolerance=problem.float_tolerance,
             limits=Limits(seconds=options.seconds, memory_mib=options.memory_mib),
         )
 

@@ -3,17 +3,18 @@
 import re
 from typing import Literal
 
+from rewards.languages import language_named
+
 Which = Literal["first", "last", "only", "whole"]
 
-_PYTHON = {"", "python", "py", "python3"}
 _OPENING = re.compile(r"```([^`]*)$")
 # Alone on its line; where EOS truncated the text there is no newline behind it (ALGORITHMS
 # section 4, defect 12).
 _CLOSING = re.compile(r"```[ \t]*$")
 
 
-def python_blocks(text: str) -> list[str]:
-    """Contents of the closed fenced blocks whose info string is python or empty, in order."""
+def blocks_of(text: str, language: str) -> list[str]:
+    """Contents of the closed fenced blocks whose info string is `language` or empty, in order."""
     blocks: list[str] = []
     info: str | None = None  # of the block we are in
     lines: list[str] = []
@@ -22,7 +23,7 @@ def python_blocks(text: str) -> list[str]:
             opening = _OPENING.match(line)
             info, lines = (opening.group(1).strip().lower() if opening else None), []
         elif _CLOSING.match(line):
-            if info in _PYTHON:
+            if not info or language_named(info) == language:
                 blocks.append("".join(f"{kept}\n" for kept in lines))
             info = None
         else:
@@ -30,15 +31,15 @@ def python_blocks(text: str) -> list[str]:
     return blocks
 
 
-def extract_code(text: str, which: Which = "first") -> str | None:
+def extract_code(text: str, which: Which = "first", language: str = "python") -> str | None:
     """The program in `text`, or None if there is none.
 
-    which: `first` or `last` python block; `only` demands exactly one; `whole` takes the text as
-    it is, for models that answer without fences.
+    which: `first` or `last` block in `language`; `only` demands exactly one; `whole` takes the
+    text as it is, for models that answer without fences.
     """
     if which == "whole":
         return text if text.strip() else None
-    blocks = python_blocks(text)
+    blocks = blocks_of(text, language)
     if not blocks or (which == "only" and len(blocks) > 1):
         return None
     return blocks[-1 if which == "last" else 0]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rewards.extract import extract_code, python_blocks
+from rewards.extract import blocks_of, extract_code
 
 ONE = "Here:\n```python\nx = 1\n```\nDone."
 TWO = "```python\nx = 1\n```\n```py\ny = 2\n```"
@@ -39,5 +39,5 @@ def test_which_block():
 
 
 def test_many_fences_take_linear_time():
-    python_blocks("```python\n" * 20_000 + "x")
-    assert len(python_blocks("```\nx\n```\n" * 5_000)) == 5_000
+    blocks_of("```python\n" * 20_000 + "x", "python")
+    assert len(blocks_of("```\nx\n```\n" * 5_000, "python")) == 5_000
