@@ -99,9 +99,9 @@ def _toolchains(
     """The languages to serve, and what their jails must be able to read; None: no languages."""
     if options.get("toolchains") is None:
         return {}, None
-    namespace = options["level"] == "namespace"
-    as_nobody = not namespace and spare is not None
-    found = languages.find(options["toolchains"] or None, as_nobody, own_proc=namespace)
+    level = options["level"]
+    as_nobody = level != "namespace" and spare is not None
+    found = languages.find(options["toolchains"] or None, as_nobody, own_proc=level != "landlock")
     readable = {folder for toolchain in found.values() for folder in toolchain.folders}
     return found, sorted(readable | set(languages.configuration()))
 
