@@ -54,7 +54,8 @@ def main(options: dict[str, Any]) -> NoReturn:
     """Serve the worker at the other end of descriptor options["control"].
 
     options["events"]: a descriptor of our control group's memory events, if there is to be one:
-    then the worker sends a go-ahead when we are in it.
+    then the worker sends a go-ahead when we are in it. options["toolchains"]: where to look for
+    other languages (as in PATH, empty: the usual places), if we are to serve them.
     """
     control = socket.socket(fileno=options["control"])
     events = options.get("events")
