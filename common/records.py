@@ -100,3 +100,14 @@ class Group:
 
     problem: Problem
     rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a reward worker returns: the groups with their scores, and what scoring took.
+
+    `sums` are metrics by name that add up over reward workers: counts and seconds, never means.
+    """
+
+    groups: list[Group]
+    sums: dict[str, float] = field(default_factory=dict)

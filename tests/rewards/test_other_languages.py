@@ -60,7 +60,7 @@ def test_programs_are_compiled_run_and_compared():
     )
     config = RewardConfig.model_validate({"sandbox": {"seconds": 60.0}})
     with Rewarder(config) as rewarder:
-        scored = rewarder.score([Group(problem, rollouts)])
+        scored = rewarder.score([Group(problem, rollouts)]).groups
     parts = [dict(r.score.parts) for r in scored[0].rollouts]
     assert [part["code"] for part in parts] == [1.0, 0.0, 0.0, 0.0]
     assert [part["code_format"] for part in parts] == [1.0, 1.0, 1.0, 0.0]
