@@ -46,6 +46,14 @@ def dump_config(config: Any) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
+def read_value(text: str) -> Any:
+    """What stands behind `key=` on a command line, as YAML would read it.
+
+    OmegaConf's reading: plain YAML takes 1e-4 for text.
+    """
+    return OmegaConf.from_dotlist([f"value={text}"])["value"]
+
+
 def _merged(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
@@ -61,9 +69,7 @@ def _merged(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         for override in overrides:
             key, _, text = override.partition("=")
             # Not a merge of dot lists: that cannot reach into a list (stages.0.steps=10).
-            # OmegaConf's own reading of a value: plain YAML takes 1e-4 for text.
-            value = OmegaConf.from_dotlist([f"value={text}"])["value"]
-            OmegaConf.update(merged, key, value, force_add=True)
+            OmegaConf.update(merged, key, read_value(text), force_add=True)
         values: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (yaml.YAMLError, OmegaConfBaseException, TypeError, IndexError, ValueError) as error:
         first = " ".join(str(error).splitlines()[0].split())

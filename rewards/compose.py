@@ -6,7 +6,8 @@ Not the sandbox (`sandbox.service`), not the rewards themselves (`builtin`, `plu
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Literal
 
@@ -14,19 +15,23 @@ from pydantic import Field, model_validator
 
 from common.config import Section
 from common.errors import InfrastructureError, UserError
-from common.records import Group, Problem, Rollout, Score
-from rewards.builtin import BUILTIN, NEED_SANDBOX, Outcome, Sample, format_score
+from common.records import Group, Problem, Rollout, Score, Scored
+from rewards.builtin import BUILTIN, Builtin, build
 from rewards.extract import Which, extract_code
-from rewards.plugin import Plugin, load_function
+from rewards.load import check_signature, load_function
+from rewards.plugin import Plugin
+from rewards.sample import Outcome, Sample
 from sandbox.records import Case, Limits, Result, SandboxError, StdinTest
 from sandbox.service import Sandbox
 
 _LOG = logging.getLogger(__name__)
-Reward = Callable[[Sequence[Sample]], list[Outcome]]
 
 
 class RewardSection(Section):
-    """One reward: a built-in `name`, or the `path` of a function; `options` are its keywords."""
+    """One reward: a built-in `name`, or the `path` of a function; `options` are its keywords.
+
+    timeout_s: of one call with all samples, for your own; built-ins need none.
+    """
 
     name: str | None = None
     path: str | None = None
@@ -40,8 +45,8 @@ class RewardSection(Section):
             raise ValueError("give exactly one of name (a built-in reward) and path (your own)")
         if self.name is not None and self.name not in BUILTIN:
             raise ValueError(f"no built-in reward {self.name!r}; there are {', '.join(BUILTIN)}")
-        if self.name is not None and self.options:
-            raise ValueError(f"the built-in reward {self.name!r} takes no options")
+        if self.name is not None:
+            build(self.name, self.options)
         return self
 
     @property
@@ -84,8 +89,22 @@ class RewardConfig(Section):
             raise ValueError("functions: at least one reward is needed")
         doubles = sorted({label for label in labels if labels.count(label) > 1})
         if doubles:
-            raise ValueError(f"functions: two rewards are called {doubles[0]!r}")
+            raise ValueError(
+                f"functions: two rewards are called {doubles[0]!r}; rename your function, or "
+                "drop one"
+            )
         return self
+
+    def for_length(self, max_tokens: int) -> "RewardConfig":
+        """The same for completions of up to `max_tokens`, where an option leaves that open."""
+        sections = []
+        for section in self.functions:
+            option = BUILTIN[section.name].length_option if section.name is not None else None
+            if option is not None and section.options.get(option) is None:
+                options = {**section.options, option: max_tokens}
+                section = section.model_copy(update={"options": options})
+            sections.append(section)
+        return self.model_copy(update={"functions": tuple(sections)})
 
 
 def verify_rewards(config: RewardConfig) -> None:
@@ -94,7 +113,7 @@ def verify_rewards(config: RewardConfig) -> None:
 
 
 class Rewarder:
-    """Scores groups. Owns a sandbox if a reward runs programs; close it, or use `with`.
+    """Scores groups. Owns a sandbox if a reward needs one; close it, or use `with`.
 
     Raises:
         UserError: a reward that does not import, a sandbox this machine cannot give.
@@ -102,11 +121,14 @@ class Rewarder:
 
     def __init__(self, config: RewardConfig) -> None:
         self._config = config
-        self._rewards: dict[str, Reward] = {s.label: _make(s) for s in config.functions}
+        self.rewards: dict[str, Builtin | Plugin] = {s.label: _make(s) for s in config.functions}
         self._weights = {section.label: section.weight for section in config.functions}
+        self._runs_tests = any(reward.runs_tests for reward in self.rewards.values())
+        self._parses = any(reward.parses for reward in self.rewards.values()) or (
+            self._runs_tests and config.code_needs_format
+        )
         self._sandbox: Sandbox | None = None
-        self.last_metrics: dict[str, float] = {}
-        if not any(section.name in NEED_SANDBOX for section in config.functions):
+        if not (self._runs_tests or self._parses):
             return
         options = config.sandbox
         try:
@@ -131,25 +153,25 @@ class Rewarder:
             self._sandbox.close()
             self._sandbox = None
 
-    def score(self, groups: Sequence[Group]) -> list[Group]:
-        """The same groups with every `Rollout.score` filled.
-
-        Identical programs under identical tests are run once. `last_metrics` then holds
-        `sandbox/*` and `rewards/failed_share` of this call.
+    def score(self, groups: Sequence[Group]) -> Scored:
+        """The same groups with every `Rollout.score` filled, and what that took.
 
         Raises:
-            InfrastructureError: more than `max_failed_share` of the samples failed.
+            InfrastructureError: more than `max_failed_share` of the samples failed, or the
+                sandbox itself did.
         """
-        samples = [self._sample(g.problem, rollout) for g in groups for rollout in g.rollouts]
-        samples = self._run_programs(samples)
-        outcomes = {name: reward(samples) for name, reward in self._rewards.items()}
+        samples, sums = self.prepare(groups)
+        outcomes: dict[str, list[Outcome]] = {}
+        for name, (answer, seconds) in zip(self.rewards, self._ask(samples), strict=True):
+            outcomes[name] = answer
+            sums[f"rewards/{name}/seconds"] = seconds
         scores = [
-            self._compose(sample, {name: outcomes[name][i] for name in outcomes})
+            self.weigh(sample, {name: outcomes[name][i] for name in outcomes})
             for i, sample in enumerate(samples)
         ]
         self._check_failures(scores)
         remaining = iter(scores)
-        return [
+        scored = [
             dataclasses.replace(
                 group,
                 rollouts=tuple(
@@ -158,35 +180,87 @@ class Rewarder:
             )
             for group in groups
         ]
+        return Scored(scored, sums)
+
+    def prepare(self, groups: Sequence[Group]) -> tuple[list[Sample], dict[str, float]]:
+        """The samples, parsed and run as far as a reward needs it, and `sandbox/*` sums.
+
+        Equal texts are parsed once; equal programs under equal tests are run once.
+
+        Raises:
+            InfrastructureError: the sandbox cannot even parse.
+        """
+        samples = [self._sample(group.problem, r) for group in groups for r in group.rollouts]
+        if self._sandbox is None:
+            return samples, {}
+        start = time.monotonic()
+        if self._parses:
+            samples = self._parse(self._sandbox, samples)
+        sums: dict[str, float] = {}
+        if self._runs_tests:
+            samples, sums = self._run(self._sandbox, samples)
+        return samples, sums | {"sandbox/seconds": time.monotonic() - start}
 
     def _sample(self, problem: Problem, rollout: Rollout) -> Sample:
-        code = extract_code(rollout.completion.text, self._config.code_block)
-        return Sample(problem, rollout, code, format_score(code))
+        text = rollout.completion.text
+        code = extract_code(text, self._config.code_block, problem.language)
+        return Sample(problem, rollout, code)
 
-    def _run_programs(self, samples: list[Sample]) -> list[Sample]:
-        if self._sandbox is None:
-            self.last_metrics = {}
-            return samples
-        start = time.monotonic()
+    def _parse(self, sandbox: Sandbox, samples: list[Sample]) -> list[Sample]:
+        python = [s for s in samples if s.problem.language == "python"]
+        texts = list(dict.fromkeys(s.code for s in python if s.code is not None))
+        try:
+            answers = dict(zip(texts, sandbox.parses(texts), strict=True))
+        except SandboxError as error:
+            raise InfrastructureError(f"reward.sandbox: {error}") from error
+        parsed = []
+        for sample in samples:
+            if sample.code is not None:
+                is_python = sample.problem.language == "python"
+                parses = answers[sample.code] if is_python else True
+                sample = dataclasses.replace(sample, parses=parses)
+            parsed.append(sample)
+        return parsed
+
+    def _run(
+        self, sandbox: Sandbox, samples: list[Sample]
+    ) -> tuple[list[Sample], dict[str, float]]:
         cases: dict[object, Case] = {}
         keys = [self._key(sample) for sample in samples]
         for number, (key, sample) in enumerate(zip(keys, samples, strict=True)):
             if key is not None and key not in cases:
                 cases[key] = self._case(str(number), sample)
-        results = dict(zip(cases, self._sandbox.run(cases.values()), strict=True))
-        self.last_metrics = _sandbox_metrics(list(results.values()), keys, start)
-        return [
+        results = dict(zip(cases, sandbox.run(cases.values()), strict=True))
+        run = [
             sample if key is None else dataclasses.replace(sample, result=results[key])
             for key, sample in zip(keys, samples, strict=True)
         ]
+        return run, _sandbox_sums(list(results.values()), keys)
+
+    def _ask(self, samples: Sequence[Sample]) -> list[tuple[list[Outcome], float]]:
+        """Every reward's outcomes and seconds, in the order of the rewards.
+
+        Side by side: most of a slow plug-in's time is waiting for somebody else.
+        """
+
+        def ask(reward: Builtin | Plugin) -> tuple[list[Outcome], float]:
+            start = time.monotonic()
+            return reward(samples), time.monotonic() - start
+
+        threads = ThreadPoolExecutor(len(self.rewards), thread_name_prefix="rewards")
+        try:
+            return list(threads.map(ask, self.rewards.values()))
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for a plug-in
 
     def _key(self, sample: Sample) -> object:
         """What decides the sandbox's answer; None if the program is not to be run."""
-        if sample.code is None or (self._config.code_needs_format and sample.format_score < 1.0):
+        if sample.code is None or (self._config.code_needs_format and not sample.parses):
             return None
         problem = sample.problem
         return (
             sample.code, problem.tests, problem.stdin_tests, problem.setup, problem.entry_point,
+            problem.language, problem.float_tolerance,
         )  # fmt: skip
 
     def _case(self, case_id: str, sample: Sample) -> Case:
@@ -199,10 +273,13 @@ class Rewarder:
             stdin_tests=tuple(StdinTest(t.stdin, t.stdout) for t in problem.stdin_tests),
             setup=problem.setup,
             entry_point=problem.entry_point,
+            language=problem.language,
+            float_tolerance=problem.float_tolerance,
             limits=Limits(seconds=options.seconds, memory_mib=options.memory_mib),
         )
 
-    def _compose(self, sample: Sample, outcomes: dict[str, Outcome]) -> Score:
+    def weigh(self, sample: Sample, outcomes: Mapping[str, Outcome]) -> Score:
+        """What the rewards' outcomes on one sample come to."""
         errors = [f"{name}: {o.error}" for name, o in outcomes.items() if o.error is not None]
         parts = {name: outcome.value for name, outcome in outcomes.items()}
         values = [self._weights[name] * v for name, v in parts.items() if v is not None]
@@ -223,7 +300,6 @@ class Rewarder:
     def _check_failures(self, scores: Sequence[Score]) -> None:
         errors = [score.error for score in scores if score.error is not None]
         share = len(errors) / len(scores) if scores else 0.0
-        self.last_metrics["rewards/failed_share"] = share
         if errors:
             _LOG.warning("%d of %d samples dropped: %s", len(errors), len(scores), errors[0])
         if share > self._config.max_failed_share:
@@ -233,25 +309,30 @@ class Rewarder:
             )
 
 
-def _make(section: RewardSection) -> Reward:
-    if section.name is not None:
-        return BUILTIN[section.name]
-    function = load_function(str(section.path))
-    return Plugin(section.label, function, section.timeout_s, section.options)
+def _make(section: RewardSection) -> Builtin | Plugin:
+    if section.path is not None:
+        function = load_function(section.path)
+        check_signature(section.path, function, section.options)
+        return Plugin(section.label, function, section.timeout_s, section.options)
+    where = f"reward.functions: {section.label}"
+    try:
+        made = build(section.label, section.options)
+    except ValueError as error:  # options that fit by themselves, but not the run's length
+        raise UserError(f"{where}: {error}") from None
+    option = made.length_option
+    if option is not None and getattr(made, option) is None:
+        raise UserError(f"{where}: options.{option}: missing; no run says how long completions are")
+    return made
 
 
-def _sandbox_metrics(
-    results: Sequence[Result], keys: Sequence[object], start: float
-) -> dict[str, float]:
+def _sandbox_sums(results: Sequence[Result], keys: Sequence[object]) -> dict[str, float]:
     tests = [test for result in results for test in result.tests]
-    seconds = time.monotonic() - start
     run = sum(key is not None for key in keys)
     return {
         "sandbox/programs": float(len(results)),
         "sandbox/shared": float(run - len(results)),
         "sandbox/tests": float(len(tests)),
-        "sandbox/timeouts": float(sum(test.verdict == "timeout" for test in tests)),
-        "sandbox/weak_share": sum(test.weak for test in tests) / len(tests) if tests else 0.0,
-        "sandbox/infra_errors": float(sum(r.status != "ran" for r in results)),
-        "sandbox/seconds": seconds,
+        "sandbox/weak_tests": float(sum(test.weak for test in tests)),
+        "sandbox/not_judged": float(sum(result.status != "ran" for result in results)),
+        "sandbox/cpu_seconds": sum(test.cpu_seconds for test in tests),
     }

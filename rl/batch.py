@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 
-from common.records import Completion, Group, Rollout
+from common.records import Completion, Group, Rollout, Score
 from common.seeding import derive_seed
 from diffusion.arness import global_ar_ness, local_ar_ness
 from diffusion.layout import Sequence
@@ -179,16 +179,27 @@ def rollout_metrics(groups: List[Group]) -> dict[str, float]:
     if totals:
         metrics["reward/mean"] = statistics.fmean(totals)
         metrics["reward/std"] = statistics.pstdev(totals)
-    for name in sorted({name for score in scores for name in score.parts}):
-        values = [v for score in scores if (v := score.parts.get(name)) is not None]
-        if values:
-            metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
+    if scores:
+        failed = statistics.fmean(score.error is not None for score in scores)
+        metrics |= {"rewards/failed_share": failed} | _reward_metrics(scores)
     if rollouts:
         metrics |= _completion_metrics([rollout.completion for rollout in rollouts])
     verdicts = [verdict for score in scores for verdict in score.verdicts]
     for name in sorted(set(verdicts)):
         metrics[f"sandbox/{name}"] = verdicts.count(name) / len(verdicts)
     return metrics
+
+
+def _reward_metrics(scores: List[Score]) -> dict[str, float]:
+    """Means of each reward and of what it logs besides, over the samples that have them."""
+    values: dict[str, list[float]] = {}
+    for score in scores:
+        for name, value in score.parts.items():
+            if value is not None:
+                values.setdefault(f"rewards/{name}/mean", []).append(value)
+        for name, value in score.extras.items():
+            values.setdefault(f"rewards/{name}", []).append(value)
+    return {name: statistics.fmean(found) for name, found in sorted(values.items())}
 
 
 def _completion_metrics(completions: List[Completion]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The command `unmask`. Options and help only: each command imports its room when it is called.
 
 So `unmask --help` answers at once, without torch. Exit codes: 0, 2 for bad input, 3 for a broken
-machine, 130 for Ctrl-C; `doctor` exits 1 if a line fails.
+machine, 130 for Ctrl-C; `doctor` exits 1 if a line fails, `reward check` if a sample does.
 """
 
 import os
@@ -26,7 +26,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 problems_app = typer.Typer(help="The embedded problem set.", no_args_is_help=True)
+reward_app = typer.Typer(help="Reward functions.", no_args_is_help=True)
 app.add_typer(problems_app, name="problems")
+app.add_typer(reward_app, name="reward")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="a.b=c", help="any key of the config")
@@ -182,6 +184,59 @@ def export(
 
     with exit_codes():
         export_problems(split, path, seed, count)
+
+
+@reward_app.command(
+    epilog=example(
+        "unmask reward check my_rewards.py:no_loops",
+        "unmask reward check examples/rewards/lint.py:lint --data sample.jsonl --json",
+        "unmask reward check repetition --option ngram=4 --data sample.jsonl --limit 20",
+        "unmask reward check --config configs/rl/tiny_cpu.yaml",
+    )
+)
+def check(
+    reward: Annotated[
+        str | None,
+        typer.Argument(
+            help="file.py:function, module:function or a built-in; "
+            "without it, every reward of --config"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL with prompt, completion (or completions: a list), and what the rewards "
+            "want of tests, entry_point and columns of your own; without it, good, wrong and "
+            "malformed answers to embedded problems"
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="RL config: its reward section and its tokenizer are used")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", metavar="a=b", help="of the reward")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="problems (lines) to use")] = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="do not call plug-ins a second time, sample by sample")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead")] = False,
+) -> None:
+    """Try rewards on samples before a run: values, extras, times, errors, likely mistakes.
+
+    Exits 1 if a sample failed (a run would drop it), 2 for bad input, else 0; warnings change
+    nothing.
+    """
+    from rl.reward_check import check_rewards
+
+    with exit_codes():
+        code = check_rewards(reward, data, config, option or [], limit, once, as_json)
+        raise typer.Exit(code)
+
+
+@reward_app.callback()
+def _reward() -> None:
+    """Reward functions: those that ship and yours."""
 
 
 @problems_app.callback()

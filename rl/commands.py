@@ -66,7 +66,7 @@ def evaluate_model(
             model,
             problems,
             decoding,
-            settings.reward,
+            settings.scoring,
             samples=samples,
             ks=ks,
             seed=seed,

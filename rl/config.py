@@ -114,8 +114,8 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     """All of `unmask train`.
 
-    `optim.total_steps`, where the file leaves it out, is train.steps * algorithm.num_iterations
-    (`schedule`).
+    What the file leaves out and the run knows: `optim.total_steps`, which is train.steps *
+    algorithm.num_iterations (`schedule`), and the longest completion for rewards (`scoring`).
     """
 
     run: RunConfig
@@ -134,6 +134,11 @@ class TrainConfig(Section):
     def schedule(self) -> OptimConfig:
         """`optim` with the length of its schedule filled in."""
         return self.optim.for_steps(self.train.steps * self.algorithm.num_iterations)
+
+    @property
+    def scoring(self) -> RewardConfig:
+        """`reward` with the length of the longest completion filled in."""
+        return self.reward.for_length(self.rollout.decoding.gen_length)
 
     @model_validator(mode="after")
     def _possible(self) -> "TrainConfig":

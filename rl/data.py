@@ -10,7 +10,8 @@ import json
 import random
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -19,13 +20,18 @@ from typing import Any, get_args
 from common.errors import UserError
 from common.records import Message, Problem, StdinTest
 from common.seeding import derive_seed
+from rewards.languages import language_named
 from rl.problems.splits import SPLITS, SplitName, build_problems
+from sandbox.languages import LANGUAGES
 
 EMBEDDED = "embedded:"
 EMBEDDED_COUNTS: dict[SplitName, int] = {"pretrain": 4000, "sft": 2000, "rl": 768, "test": 320}
 """How many problems `embedded:<split>` gives when no count is asked for."""
 
-_OWN_COLUMNS = ("prompt", "tests", "entry_point", "data_source", "setup", "problem_id")
+_OWN_COLUMNS = (
+    "prompt", "tests", "entry_point", "data_source", "setup", "problem_id", "language",
+    "float_tolerance",
+)  # fmt: skip
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _Row = tuple[str, Mapping[str, Any]]
 """Where a row stands ("data.jsonl, line 3") and its columns."""
@@ -47,7 +53,9 @@ def load_problems(
 
     Columns: `prompt` (text, or messages with `role` and `content`), `tests` (asserts, or objects
     with `stdin` and `stdout`), optional `entry_point`, `data_source`, `setup`, `problem_id` (or
-    `task_id`); the others go to `Problem.columns`. Raises UserError naming file, row and column.
+    `task_id`), and for tests with `stdin` `language` (default Python; also as fences call it) and
+    `float_tolerance`; the others go to `Problem.columns`. Raises UserError naming file, row and
+    column.
     """
     if limit is not None and limit < 1:
         raise UserError(f"{source}: the limit is {limit}, it must be at least 1")
@@ -60,7 +68,7 @@ def load_problems(
     problems: list[Problem] = []
     seen: dict[str, str] = {}
     for where, row in _rows(source, split or "train"):
-        problem = _problem(where, row, f"{Path(source).stem}/{len(problems):05d}", source)
+        problem = problem_of(where, row, f"{Path(source).stem}/{len(problems):05d}", source)
         if problem.problem_id in seen:
             raise UserError(
                 f"{where}: problem_id {problem.problem_id!r} is taken by "
@@ -104,8 +112,10 @@ def _rows(source: str, split: str) -> Iterator[_Row]:
         if path.suffix == ".jsonl":
             options["sample_by"] = "line"
         rows = _read(readers[path.suffix], split, source, options)
-        number = _json_lines if path.suffix == ".jsonl" else _numbered
-        yield from number(source, rows)
+        if path.suffix == ".jsonl":
+            yield from json_lines(source, (row["text"] for row in rows))
+        else:
+            yield from _numbered(source, rows)
 
 
 def _read(builder: str, split: str, source: str, options: dict[str, Any]) -> Any:
@@ -132,14 +142,14 @@ def _quiet(datasets: Any) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _json_lines(source: str, rows: Any) -> Iterator[_Row]:
+def json_lines(source: str, lines: Iterable[str]) -> Iterator[_Row]:
     """JSON lines parsed here, not by Arrow: exact line numbers, and no text turned into dates."""
-    for number, row in enumerate(rows, start=1):
+    for number, line in enumerate(lines, start=1):
         where = f"{source}, line {number}"
-        if not row["text"].strip():
+        if not line.strip():
             continue
         try:
-            columns = json.loads(row["text"])
+            columns = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not valid JSON ({error.msg} at {error.colno})") from error
         if not isinstance(columns, dict):
@@ -152,8 +162,15 @@ def _numbered(source: str, rows: Any) -> Iterator[_Row]:
         yield f"{source}, row {number}", row
 
 
-def _problem(where: str, row: Mapping[str, Any], default_id: str, source: str) -> Problem:
-    for column in ("prompt", "tests"):
+def problem_of(
+    where: str, row: Mapping[str, Any], default_id: str, source: str, needs_tests: bool = True
+) -> Problem:
+    """The problem in one row.
+
+    Raises:
+        UserError: a column that is missing or malformed, or a test that does not compile.
+    """
+    for column in ("prompt", "tests") if needs_tests else ("prompt",):
         if row.get(column) is None:
             found = ", ".join(row) or "none"
             raise UserError(f"{where}: column {column!r} is missing (found: {found}): add it")
@@ -162,17 +179,53 @@ def _problem(where: str, row: Mapping[str, Any], default_id: str, source: str) -
     if isinstance(problem_id, int):
         problem_id = str(problem_id)
     checked = {id_column: problem_id}
-    asserts, stdin_tests = _tests(where, row["tests"])
+    asserts, stdin_tests = ((), ()) if row.get("tests") is None else _tests(where, row["tests"])
+    setup = _text(where, row, "setup") or ""
+    _check_compiles(where, setup, asserts)
     return Problem(
         problem_id=_text(where, checked, id_column) or default_id,
         prompt=_prompt(where, row["prompt"]),
         tests=asserts,
         stdin_tests=stdin_tests,
-        setup=_text(where, row, "setup") or "",
+        setup=setup,
         entry_point=_text(where, row, "entry_point"),
         data_source=_text(where, row, "data_source") or source,
         columns={k: v for k, v in row.items() if k not in (*_OWN_COLUMNS, id_column)},
+        language=_language(where, row, asserts),
+        float_tolerance=_tolerance(where, row, asserts),
     )
+
+
+def _language(where: str, row: Mapping[str, Any], asserts: Sequence[str]) -> str:
+    given = _text(where, row, "language")
+    language = "python" if given is None else language_named(given)
+    if language is None:
+        raise UserError(
+            f"{where}: column 'language' is {given!r}, use one of {', '.join(LANGUAGES)} "
+            "(or rename the column if it says something else)"
+        )
+    if asserts and language != "python":
+        raise UserError(
+            f"{where}: column 'tests' holds asserts, which are Python: give {language} programs "
+            "objects with `stdin` and `stdout`"
+        )
+    return language
+
+
+def _tolerance(where: str, row: Mapping[str, Any], asserts: Sequence[str]) -> float | None:
+    value = row.get("float_tolerance")
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 < value < 1:
+        raise UserError(
+            f"{where}: column 'float_tolerance' must be a number above 0 and below 1, it is "
+            f"{_kind(value)}"
+        )
+    if asserts:
+        raise UserError(
+            f"{where}: column 'float_tolerance' is for tests with `stdin` and `stdout`: drop it"
+        )
+    return float(value)
 
 
 def _text(where: str, row: Mapping[str, Any], column: str) -> str | None:
@@ -204,6 +257,23 @@ def _tests(where: str, value: Any) -> tuple[tuple[str, ...], tuple[StdinTest, ..
         f"{where}: column 'tests' must be a list of assert statements or a list of objects with "
         f"text `stdin` and `stdout`, it is {_kind(value)}"
     )
+
+
+def _check_compiles(where: str, setup: str, tests: Sequence[str]) -> None:
+    """A test that no program can pass would cost every sample of its problem, run after run."""
+    named = [("column 'setup'", setup)] if tests else []
+    named += [(f"column 'tests', test {i}", test) for i, test in enumerate(tests, start=1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for what, text in named:
+            try:
+                compile(text, "<test>", "exec", dont_inherit=True)
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                reason = error.msg if isinstance(error, SyntaxError) else str(error)
+                line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+                raise UserError(
+                    f"{where}: {what} does not compile ({reason}{line}): correct it or drop the row"
+                ) from error
 
 
 def _is_record(value: Any, *keys: str) -> bool:

@@ -233,7 +233,7 @@ class Demo:
 
     def _as_asked(self, stage: str) -> tuple[list[Problem], RewardConfig]:
         """The held-out problems and the judge, in the form that a stage was taught."""
-        reward = self.training.reward
+        reward = self.training.scoring
         if stage not in self.config.evaluate.base:
             return self.problems, reward
         problems = [replace(p, prompt=document_head(str(p.prompt))) for p in self.problems]

@@ -86,8 +86,8 @@ def evaluate_checkpoint(
         return decode_groups(decoder, problems, prompts, config, size, seed, advance)
 
     with Rewarder(reward) as rewarder:
-        certain = rewarder.score(groups(greedy(decoding), 1))
-        sampled = rewarder.score(groups(decoding, samples)) if samples else []
+        certain = rewarder.score(groups(greedy(decoding), 1)).groups
+        sampled = rewarder.score(groups(decoding, samples)).groups if samples else []
     both = [rollout for group in certain + sampled for rollout in group.rollouts]
     return Evaluation(
         greedy=pass_at_1(certain, seed),

@@ -6,6 +6,7 @@ from typing import Any
 
 from common.metrics import series
 from rl.plots import COLOURS, Line, Plot, curves, stacked
+from sandbox.records import VERDICTS
 
 Records = Sequence[Mapping[str, Any]]
 PHASES = ("wait_rollouts", "update", "sync", "save", "evaluate")
@@ -166,7 +167,7 @@ def _timing(records: Records) -> FigureBlock:
 
 def _sandbox(records: Records) -> FigureBlock:
     names = {n.removeprefix("sandbox/") for r in records for n in r if n.startswith("sandbox/")}
-    order = sorted(names, key=lambda name: (name != "pass", name != "fail", name))
+    order: list[str] = [verdict for verdict in VERDICTS if verdict in names]
     parts = {name: series(records, "rl", f"sandbox/{name}") for name in order}
     green_first = [COLOURS[2], COLOURS[1], *(COLOURS[i] for i in (0, 3, 4, 5, 6, 7))]
     return FigureBlock(

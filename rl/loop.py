@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
-from typing import Protocol
+from typing import Any, Protocol
 
 from common.errors import InfrastructureError
-from common.records import Group, Problem
+from common.records import Group, Problem, Scored
 from common.seeding import derive_seed
 from models.decoding import DecodingConfig
 from rl.batch import drop_stale, rollout_metrics
@@ -27,7 +27,7 @@ class Cluster(Protocol):
     """The processes that do the work (`workers.local`, `workers.cluster`)."""
 
     def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]: ...
-    def score(self, groups: Sequence[Group]) -> Future[list[Group]]: ...
+    def score(self, groups: Sequence[Group]) -> Future[Scored]: ...
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]: ...
     def sync_weights(self) -> int: ...
     def evaluate(
@@ -74,7 +74,7 @@ class Loop:
     def run(self) -> RunState:
         """Train to the last step. Ctrl-C saves what is finished before it is passed on."""
         plan, self.updating, self.saved = self.plan, False, self.state.step
-        self.in_flight: deque[tuple[Sequence[Problem], Future[list[Group]]]] = deque()
+        self.in_flight: deque[tuple[Sequence[Problem], Future[Scored]]] = deque()
         self.state = replace(self.state, policy_version=self.cluster.sync_weights())
         try:
             if plan.eval_at_start and self.state.step == 0:
@@ -97,7 +97,7 @@ class Loop:
 
     def _submit(self, step: int) -> None:
         """Generate, then score at once: beside the learner, in a thread that no exit waits for."""
-        problems, future = self.batch(step), Future[list[Group]]()
+        problems, future = self.batch(step), Future[Scored]()
         seed = derive_seed(self.plan.run_seed, "rollout", step)
 
         def roll() -> None:
@@ -113,12 +113,12 @@ class Loop:
     def _train_step(self) -> None:
         step, clock = self.state.step, [time.monotonic()]
         # The thread behind this future waits twice, and says itself which wait was too long.
-        groups = self.in_flight[0][1].result(6 * self.plan.timeout_s)
+        new = self.in_flight[0][1].result(6 * self.plan.timeout_s)
         clock.append(time.monotonic())
-        fresh, ages = drop_stale(groups, self.state.policy_version, self.plan.max_staleness)
+        fresh, ages = drop_stale(new.groups, self.state.policy_version, self.plan.max_staleness)
         with interrupt_deferred():
             self.updating = True
-            metrics = rollout_metrics(groups) | ages | self.cluster.update(fresh, step)
+            metrics = rollout_metrics(new.groups) | ages | self.cluster.update(fresh, step)
             clock.append(time.monotonic())
             self.state = RunState(step + 1, self.cluster.sync_weights(), self.plan.run_seed)
             clock.append(time.monotonic())
@@ -126,7 +126,7 @@ class Loop:
             self.updating = False
             spans = zip(("rollouts", "update", "sync"), pairwise(clock), strict=True)
             metrics |= {f"timing_s/{name}": after - before for name, (before, after) in spans}
-            self.monitor.log(step + 1, metrics | {"timing_s/step": clock[-1] - clock[0]})
+            self.monitor.log(step + 1, metrics | new.sums | {"timing_s/step": clock[-1] - clock[0]})
 
     def _evaluate(self) -> None:
         plan, step, started = self.plan, self.state.step, time.monotonic()
@@ -141,7 +141,7 @@ class Loop:
             self.checkpoints.save(replace(self.state, pending=pending), self.cluster.save)
             self.saved = self.state.step
 
-    def _wait(self, future: Future[list[Group]], what: str, step: int) -> list[Group]:
+    def _wait(self, future: Future[Any], what: str, step: int) -> Any:
         try:  # later than the cluster's own limit, which can name the actor and its log
             return future.result(2.5 * self.plan.timeout_s)
         except TimeoutError as error:

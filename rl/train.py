@@ -153,7 +153,7 @@ def prepare(config: TrainConfig) -> Job:
         config.rollout.decoding.resolve(spec)
     except UserError as error:
         raise UserError(f"rollout.{error}") from error
-    verify_rewards(config.reward)
+    verify_rewards(config.scoring)
     train = _problems(config, "train")
     evaluates = config.train.eval_every > 0 or config.train.eval_at_start
     test = _problems(config, "test") if evaluates else []
@@ -257,12 +257,19 @@ def _dry_run(config: TrainConfig) -> None:
     if not (model / "config.json").is_file():
         typer.echo(f"dry run: model.path {model} is not there; a run needs it", err=True)
     try:
-        verify_rewards(config.reward)
+        verify_rewards(config.scoring)
     except UserError as error:
         typer.echo(f"dry run: {error}", err=True)
     for key, source in (("train", data.train), ("test", data.test)):
-        if Path(source).suffix in (".jsonl", ".json", ".parquet") and not Path(source).is_file():
+        if Path(source).suffix not in (".jsonl", ".json", ".parquet"):
+            continue
+        if not Path(source).is_file():
             typer.echo(f"dry run: data.{key} {source} is not there; a run needs it", err=True)
+            continue
+        try:
+            _problems(config, key)
+        except UserError as error:
+            typer.echo(f"dry run: {error}", err=True)
 
 
 def _train(job: Job, progress: Progress) -> None:

@@ -47,11 +47,15 @@ class Ended:
 class ZygoteProcess:
     """One zygote. Not thread-safe: a worker owns it.
 
+    toolchains: where to look for other languages, as in PATH; None for a zygote without.
+    languages: those it found, with their rows in `languages.RUNNERS`.
+
     Raises ZygoteError from the constructor if the zygote cannot have `level` on this machine.
     """
 
-    def __init__(self, level: str) -> None:
+    def __init__(self, level: str, toolchains: str | None = None) -> None:
         self.level = level
+        self._toolchains = toolchains
         self._folder = tempfile.mkdtemp(prefix="unmask-sandbox-")
         os.chmod(self._folder, 0o711)  # the landlock level runs as another user when we are root
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -76,11 +80,14 @@ class ZygoteProcess:
         if "error" in greeting:
             self.close()
             raise ZygoteError(greeting["error"])
+        self.languages: dict[str, int] = greeting["languages"]
 
     def _spawn(self, control: int, events: int | None) -> subprocess.Popen[bytes]:
-        options = {"control": control, "level": self.level, "folder": self._folder}
+        options: dict[str, Any] = {"control": control, "level": self.level, "folder": self._folder}
         if events is not None:
             options["events"] = events
+        if self._toolchains is not None:
+            options["toolchains"] = self._toolchains
         python = getattr(sys, "_base_executable", None) or sys.executable
         return subprocess.Popen(
             [python, "-I", "-S", "-E", "-B", "-c", _BOOT, str(_ROOT), json.dumps(options)],

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from common.errors import InfrastructureError
-from common.records import Group, Problem
+from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
 from rl.config import LearnerConfig, PoolConfig, TrainConfig
 from workers.learner import LearnerPlan, LearnerWorker
 from workers.placement import Actor, Pending, check_fits, connect, find, launch, ray, wait
-from workers.reward import RewardWorker
+from workers.reward import RewardWorker, join
 from workers.rollout import RolloutWorker, rollout_dtype
 from workers.shelf import WeightShelf
 from workers.weights import (
@@ -157,7 +157,7 @@ class RayCluster:
 
     def _start_rewards(self) -> list[Actor]:
         pool = self._config.cluster.reward
-        build = partial(RewardWorker, self._config.reward)
+        build = partial(RewardWorker, self._config.scoring)
         return [
             self._start_one(f"reward-{i}", build, pool, restarts=True, secrets=False)
             for i in range(pool.min)
@@ -187,7 +187,7 @@ class RayCluster:
         group_size = self._config.rollout.group_size
         return _in_thread(lambda: self._generate(problems, seed, group_size), "generate")
 
-    def score(self, groups: Sequence[Group]) -> Future[list[Group]]:
+    def score(self, groups: Sequence[Group]) -> Future[Scored]:
         """See `rl.loop.Cluster`."""
         return _in_thread(lambda: self._score(groups), "score")
 
@@ -196,7 +196,8 @@ class RayCluster:
     ) -> Future[list[Group]]:
         """See `rl.loop.Cluster`."""
         return _in_thread(
-            lambda: self._score(self._generate(problems, seed, group_size, decoding)), "evaluate"
+            lambda: self._score(self._generate(problems, seed, group_size, decoding)).groups,
+            "evaluate",
         )
 
     def _generate(
@@ -207,21 +208,22 @@ class RayCluster:
         decoding: DecodingConfig | None = None,
     ) -> list[Group]:
         rest = (seed, group_size, decoding, self._version)
-        return self._spread(self._rollouts, "generate", problems, *rest)
+        parts = self._spread(self._rollouts, "generate", problems, *rest)
+        return [group for part in parts for group in part]
 
-    def _score(self, groups: Sequence[Group]) -> list[Group]:
-        return self._spread(self._rewards, "score", groups)
+    def _score(self, groups: Sequence[Group]) -> Scored:
+        return join(self._spread(self._rewards, "score", groups))
 
     def _spread(
         self, pool: list[Actor], method: str, items: Sequence[Any], *rest: Any
-    ) -> list[Group]:
+    ) -> list[Any]:
         shares = split_evenly(items, len(pool))
         calls = [
             actor.call(method, share, *rest)
             for actor, share in zip(pool, shares, strict=True)
             if share
         ]
-        return [group for part in wait(calls, self._timeout_s) for group in part]
+        return wait(calls, self._timeout_s)
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """See `rl.loop.Cluster`."""
@@ -294,9 +296,9 @@ def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
     return [list(items[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _in_thread(work: Callable[[], list[Group]], name: str) -> Future[list[Group]]:
+def _in_thread(work: Callable[[], T], name: str) -> Future[T]:
     """Run `work` beside the caller, in a thread that no exit waits for."""
-    future: Future[list[Group]] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:

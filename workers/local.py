@@ -8,14 +8,17 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
-from common.records import Group, Problem
+from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
 from rl.config import TrainConfig
 from workers.learner import LearnerPlan, LearnerWorker
 from workers.reward import RewardWorker
 from workers.rollout import RolloutWorker, rollout_dtype
 from workers.weights import INITIAL_VERSION, LocalWeightStore
+
+T = TypeVar("T")
 
 
 class LocalCluster:
@@ -32,7 +35,7 @@ class LocalCluster:
         self._version = INITIAL_VERSION
         # Rollouts may come from another thread than evaluations; weights change in between only.
         self._decoding = threading.Lock()
-        self._reward = RewardWorker(config.reward)
+        self._reward = RewardWorker(config.scoring)
         self._rollout = RolloutWorker(
             Path(config.model.path),
             config.rollout.decoding,
@@ -47,7 +50,7 @@ class LocalCluster:
         """See `rl.loop.Cluster`."""
         return _done(lambda: self._generate(problems, seed, self._config.rollout.group_size))
 
-    def score(self, groups: Sequence[Group]) -> Future[list[Group]]:
+    def score(self, groups: Sequence[Group]) -> Future[Scored]:
         """See `rl.loop.Cluster`."""
         return _done(lambda: self._reward.score(groups))
 
@@ -56,7 +59,7 @@ class LocalCluster:
     ) -> Future[list[Group]]:
         """See `rl.loop.Cluster`."""
         return _done(
-            lambda: self._reward.score(self._generate(problems, seed, group_size, decoding))
+            lambda: self._reward.score(self._generate(problems, seed, group_size, decoding)).groups
         )
 
     def _generate(
@@ -96,9 +99,9 @@ class LocalCluster:
         self._learner.close()
 
 
-def _done(work: Callable[[], list[Group]]) -> Future[list[Group]]:
+def _done(work: Callable[[], T]) -> Future[T]:
     """A future that has its result, or its exception, already. Ctrl-C is nobody's result."""
-    future: Future[list[Group]] = Future()
+    future: Future[T] = Future()
     try:
         future.set_result(work())
     except Exception as error:

@@ -4,9 +4,10 @@ A plain class; `workers.cluster` wraps it in an actor. It never imports torch: m
 beside the models.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
-from common.records import Group
+from common.records import Group, Scored
 from rewards.compose import RewardConfig, Rewarder
 
 
@@ -16,10 +17,20 @@ class RewardWorker:
     def __init__(self, config: RewardConfig) -> None:
         self._rewarder = Rewarder(config)
 
-    def score(self, groups: Sequence[Group]) -> list[Group]:
+    def score(self, groups: Sequence[Group]) -> Scored:
         """The same groups, in their order, with `score` filled in every rollout."""
         return self._rewarder.score(groups)
 
     def close(self) -> None:
         """End the sandbox's processes."""
         self._rewarder.close()
+
+
+def join(parts: Iterable[Scored]) -> Scored:
+    """What several reward workers returned, as if one had: groups in a row, sums added up."""
+    groups: list[Group] = []
+    sums: Counter[str] = Counter()
+    for part in parts:
+        groups += part.groups
+        sums.update(part.sums)
+    return Scored(groups, dict(sums))

@@ -1,33 +1,28 @@
-"""User functions: found by path, called by contract, their answers checked."""
+"""User functions: called by contract and in time, their answers checked."""
 
 import asyncio
 import math
+import threading
 import time
-from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
-from common.records import Completion, Problem, Rollout
-from rewards.builtin import Sample
-from rewards.plugin import Plugin, load_function
-
-ROOT = Path(__file__).resolve().parents[2]
+from common.records import Problem
+from rewards.load import RESERVED
+from rewards.plugin import Plugin, arguments
 
 
-def samples(*texts, **columns):
-    problem = Problem("p", "say", ("assert f()",), columns=columns, entry_point="f")
-    return [
-        Sample(problem, Rollout("p", i, (), Completion((), (), t, "eos", (), ()), 0, 0), None, 0.0)
-        for i, t in enumerate(texts)
-    ]
+@pytest.fixture
+def call(sample):
+    def make(function, *texts, timeout_s=20.0, options=None, **columns):
+        problem = Problem("p", "say", ("assert f()",), columns=columns, entry_point="f")
+        samples = [sample(text, index=i, problem=problem) for i, text in enumerate(texts)]
+        return Plugin("mine", function, timeout_s, options or {})(samples)
+
+    return make
 
 
-def call(function, *texts, timeout_s=20.0, options=None, **columns):
-    return Plugin("mine", function, timeout_s, options or {})(samples(*texts, **columns))
-
-
-def test_contract():
+def test_contract(call):
     seen = {}
 
     def reward(prompts, completions, level, tests, scale, **rest):
@@ -41,10 +36,24 @@ def test_contract():
     assert seen["rest"]["entry_point"] == ["f", "f"]
 
 
-def test_async_none_and_extras():
+def test_every_column(sample, result):
+    problem = Problem("q", "say", ("t",), setup="s", data_source="d", columns={"level": 3})
+    run = sample("x", tokens=4, code="c", result=result("pass", "fail", cpu=0.5), problem=problem)
+    found = arguments([run, sample("y", tail=3)])
+    assert set(found) == {*RESERVED, "level"}
+    assert found["level"] == [3, None]  # another problem's column
+    assert found["completions"] == ["x", "y"] and found["num_tokens"] == [4, 0]
+    assert found["programs"] == ["c", None]
+    assert found["verdicts"] == [["pass", "fail"], []]
+    assert found["cpu_seconds"] == [[0.5, 0.5], []]
+    assert (found["problem_id"], found["setup"]) == (["q", "p"], ["s", ""])
+    assert (found["data_source"], found["stdin_tests"]) == (["d", ""], [(), ()])
+
+
+def test_async_none_and_extras(call):
     async def reward(completions, **_):
         await asyncio.sleep(0)
-        return [{"reward": 1, "depth": 3}, None, {"reward": None, "depth": 1}, True]
+        return [{"reward": 1, "depth": 3, "width": None}, None, {"reward": None, "depth": 1}, True]
 
     outcomes = call(reward, *"abcd")
     assert [o.value for o in outcomes] == [1.0, None, None, 1.0]
@@ -52,7 +61,14 @@ def test_async_none_and_extras():
     assert all(o.error is None for o in outcomes)
 
 
-def test_an_exception_costs_its_own_sample_only():
+def test_no_samples_no_call(call):
+    def reward(**columns):
+        raise AssertionError
+
+    assert call(reward) == []
+
+
+def test_an_exception_costs_its_own_sample_only(call):
     def reward(completions, **_):
         return [1 / len(text) for text in completions]
 
@@ -72,10 +88,12 @@ def test_an_exception_costs_its_own_sample_only():
         ("ab", "str"),
         ([math.nan, math.inf], "finite"),
         ([{"score": 1}] * 2, "reward"),
+        ([{"reward": 1, "mean": 2}] * 2, "'mean' is taken"),
+        ([{"reward": 1, "why": "good"}] * 2, "why is a str"),
         (["1", "2"], "not a number"),
     ],
 )
-def test_bad_answers_are_errors_not_numbers(answer, text):
+def test_bad_answers_are_errors_not_numbers(call, answer, text):
     # Called with each sample alone as well, so the length must be wrong there too.
     def reward(completions, **_):
         return answer * 2 if answer == [1.0] and len(completions) == 1 else answer
@@ -86,49 +104,89 @@ def test_bad_answers_are_errors_not_numbers(answer, text):
         assert text in outcomes[0].error
 
 
-def test_time_limit_for_sync_and_async():
+def test_time_limit_for_sync_and_async(call):
+    over = threading.Event()
+
     def slow(completions, **_):
-        time.sleep(30)
+        over.wait(60)
 
     async def slow_async(completions, **_):
-        await asyncio.sleep(30)
+        await asyncio.sleep(60)
 
     for function in (slow, slow_async):
         outcomes = call(function, "a", "b", timeout_s=0.2)
-        assert all("0.2 s" in o.error for o in outcomes)
+        assert all("no answer in 0.2 s (timeout_s)" in o.error for o in outcomes)
+        assert "'p' sample 1" in outcomes[1].error
+    over.set()
 
 
-def test_load_from_file_and_module(tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text("def reward(**_):\n    return [1.0]\n")
-    assert load_function(f"{file}:reward")() == [1.0]
-    assert load_function("math:sqrt") is math.sqrt
+def test_a_late_async_function_is_cancelled(sample):
+    ended = threading.Event()
+
+    async def slow(completions, **_):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    plugin = Plugin("mine", slow, 0.1, {})
+    assert "0.1 s" in plugin([sample("a")])[0].error
+    assert ended.wait(20)
+    # Nothing is left behind, so the next call is made.
+    assert "no answer" in plugin([sample("a")])[0].error
 
 
-@pytest.mark.parametrize(
-    ("path", "text"),
-    [
-        ("mine.py", "file.py:function"),
-        ("nowhere.py:f", "no such file"),
-        ("no_such_module_x:f", "no_such_module_x"),
-        ("math:nothing", "nothing"),
-        ("math:pi", "pi"),
-        ("BROKEN:f", "ZeroDivisionError"),
-        ("EXITS:f", "SystemExit"),
-    ],
-)
-def test_a_path_that_does_not_import_is_one_line(path, text, tmp_path):
-    (tmp_path / "broken.py").write_text("1 / 0\n")
-    (tmp_path / "exits.py").write_text("raise SystemExit(0)\n")
-    path = path.replace("BROKEN", str(tmp_path / "broken.py"))
-    path = path.replace("EXITS", str(tmp_path / "exits.py"))
-    with pytest.raises(UserError, match=text) as caught:
-        load_function(path)
-    assert "\n" not in str(caught.value)
+def test_a_call_that_hangs_is_the_only_one(sample):
+    """Threads cannot be killed; ten late calls must not leave ten of them."""
+    over, calls = threading.Event(), []
+
+    def hangs(completions, **_):
+        calls.append(completions)
+        over.wait(60)
+        return [1.0 for _ in completions]
+
+    plugin = Plugin("mine", hangs, 0.1, {})
+    assert "no answer in 0.1 s" in plugin([sample("a")])[0].error
+    threads = threading.active_count()
+    for _ in range(10):
+        outcomes = plugin([sample("a"), sample("b", index=1)])
+        assert all("an earlier call still runs" in o.error for o in outcomes)
+    assert calls == [["a"]] and threading.active_count() == threads
+    over.set()
+    deadline = time.monotonic() + 60
+    while (outcome := plugin([sample("a")])[0]).error and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert outcome.value == 1.0  # it recovered, and so does the reward
 
 
-def test_the_example_runs():
-    function = load_function(f"{ROOT}/examples/rewards/shortness.py:shortness")
-    outcomes = call(function, "", "x" * 50, options={"target": 100})
-    assert [o.value for o in outcomes] == [1.0, 0.5]
-    assert outcomes[1].extras == {"characters": 50.0}
+def test_single_samples_share_one_time_limit(sample):
+    """A call that fails as a whole is not repeated for as long as there are samples."""
+    started = []
+
+    def fails_slowly(completions, **_):
+        started.append(len(completions))
+        if len(completions) == 1:
+            time.sleep(0.3)
+        raise OSError("no route")
+
+    plugin = Plugin("mine", fails_slowly, 1.0, {})
+    outcomes = plugin([sample("a", index=i) for i in range(20)])
+    assert started[0] == 20 and 2 <= len(started) <= 5  # 1.0 s holds at most four of 0.3 s
+    assert "no route" in outcomes[0].error
+    assert "timeout_s=1" in outcomes[-1].error or "no answer" in outcomes[-1].error
+    assert all(outcome.value is None for outcome in outcomes)
+
+
+def test_the_functions_own_timeout_is_no_late_answer(call):
+    def reward(completions, **_):
+        if "b" in completions:
+            raise TimeoutError("the judge's server")
+        return [1.0 for _ in completions]
+
+    async def reward_async(completions, **columns):
+        return reward(completions, **columns)
+
+    for function in (reward, reward_async):
+        good, bad = call(function, "a", "b")
+        assert good.value == 1.0
+        assert "the judge's server" in bad.error and "Traceback" in bad.error

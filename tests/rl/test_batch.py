@@ -1,5 +1,7 @@
 """Groups to samples to micro-batches: pure bookkeeping, checked by counting."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -123,6 +125,7 @@ def test_rollout_metrics() -> None:
     assert metrics["reward/mean"] == 0.5
     assert metrics["reward/std"] == 0.5
     assert metrics["rewards/code/mean"] == 0.5
+    assert metrics["rewards/failed_share"] == 0.0
     assert metrics["completions/length_mean"] == 3.0
     assert metrics["completions/clipped_ratio"] == 0.0
     assert metrics["decode/tokens_per_step"] == 1.0
@@ -130,3 +133,19 @@ def test_rollout_metrics() -> None:
     # verdicts: one pass, two fails, and two fails of the failed reward
     assert metrics["sandbox/pass"] == pytest.approx(1 / 5)
     assert rollout_metrics([]) == {}
+
+
+def test_means_of_rewards_and_of_what_they_log_are_over_the_samples_that_have_them() -> None:
+    scores = [
+        Score(1.0, {"mine": 1.0}, extras={"mine/depth": 4.0}),
+        Score(3.0, {"mine": 3.0}, extras={"mine/depth": 1.0, "mine/width": 2.0}),
+        Score(None, {"mine": None}, error="mine: failed"),
+        Score(0.0, {"mine": None}),
+    ]
+    rollouts = [replace(rollout("a", i, 1.0), score=score) for i, score in enumerate(scores)]
+    metrics = rollout_metrics([Group(Problem("a", "do"), tuple(rollouts))])
+    assert metrics["rewards/mine/mean"] == 2.0
+    assert metrics["rewards/mine/depth"] == 2.5
+    assert metrics["rewards/mine/width"] == 2.0
+    assert metrics["rewards/failed_share"] == 0.25
+    assert metrics["reward/mean"] == pytest.approx(4 / 3)

@@ -14,7 +14,16 @@ from rl.cli import app
 from rl.commands import MASK, coloured
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["pretrain", "train", "evaluate", "generate", "report", "doctor", "problems export"]
+COMMANDS = [
+    "pretrain",
+    "train",
+    "evaluate",
+    "generate",
+    "report",
+    "doctor",
+    "problems export",
+    "reward check",
+]
 
 
 def invoke(*words: str) -> tuple[int, str, str]:

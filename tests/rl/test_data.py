@@ -161,6 +161,10 @@ def test_progress_bars_are_as_before(tmp_path: Path) -> None:
         ({**ROW, "setup": ["x"]}, "column 'setup' must be text"),
         ({**ROW, "problem_id": [1]}, "column 'problem_id' must be text"),
         ({**ROW, "task_id": 1.5}, "column 'task_id' must be text"),
+        ({"prompt": "p", "tests": ["assert 1", "assert f("]}, "column 'tests', test 2 does not"),
+        ({**ROW, "tests": ["return 1"]}, "test 1 does not compile ('return' outside function"),
+        ({**ROW, "tests": ["x = '\x00'"]}, "test 1 does not compile"),
+        ({**ROW, "setup": "import"}, "column 'setup' does not compile (invalid syntax, line 1)"),
         ('{"prompt": "p", ', "not valid JSON ("),
         ("[1, 2]", "expected a JSON object"),
     ],
@@ -170,6 +174,12 @@ def test_bad_rows(tmp_path: Path, row: Any, expected: str) -> None:
     message = one_line_error(source)
     assert message.startswith(f"{source}, line 2: ")
     assert expected in message
+
+
+def test_tests_with_warnings_compile(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    source = write(tmp_path / "a.jsonl", {**ROW, "tests": ["assert f() is 1", "assert '\\d'"]})
+    assert len(load_problems(source)[0].tests) == 2
+    assert not [w for w in recwarn if issubclass(w.category, SyntaxWarning)]
 
 
 def test_bad_row_of_a_parquet_file(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import rl.evaluate
 from common.errors import UserError
-from common.records import Completion, Group, Problem, Rollout, Score
+from common.records import Completion, Group, Problem, Rollout, Score, Scored
 from common.seeding import derive_seed
 from models.checkpoint import new_model, save_checkpoint
 from models.decoding import DecodingConfig
@@ -134,8 +134,8 @@ class EvenLength:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def score(self, groups: Sequence[Group]) -> list[Group]:
-        return [replace(g, rollouts=tuple(map(self._score, g.rollouts))) for g in groups]
+    def score(self, groups: Sequence[Group]) -> Scored:
+        return Scored([replace(g, rollouts=tuple(map(self._score, g.rollouts))) for g in groups])
 
     def _score(self, rollout: Rollout) -> Rollout:
         good = len(rollout.completion.text) % 2 == 0

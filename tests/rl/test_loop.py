@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from common.errors import InfrastructureError
-from common.records import Completion, Group, Problem, Rollout, Score
+from common.records import Completion, Group, Problem, Rollout, Score, Scored
 from common.seeding import derive_seed
 from models.decoding import DecodingConfig
 from rl.checkpoint import Checkpoints, RunState, read_state
@@ -56,11 +56,12 @@ class FakeCluster:
         rollout = Rollout(problem.problem_id, 0, (3,), completion, version, 0)
         return Group(problem, (rollout, rollout))
 
-    def score(self, groups: Sequence[Group]) -> Future[list[Group]]:
+    def score(self, groups: Sequence[Group]) -> Future[Scored]:
         self.say(f"score {groups[0].problem.problem_id.split('/')[0]}")
         if self.hang_at == "score":
             return Future()
-        return done([Group(g.problem, tuple(scored(r) for r in g.rollouts)) for g in groups])
+        made = [Group(g.problem, tuple(scored(r) for r in g.rollouts)) for g in groups]
+        return done(Scored(made, {"sandbox/programs": float(len(made))}))
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         if self.interrupt_at == step:
@@ -153,6 +154,7 @@ def test_synchronous_order_of_calls(tmp_path: Path) -> None:
     first = monitor.records[0][1]
     assert first["async/staleness_max"] == 0.0
     assert first["reward/mean"] == 1.0
+    assert first["sandbox/programs"] == 2.0  # what the reward workers counted
     assert {"timing_s/rollouts", "timing_s/update", "timing_s/sync", "timing_s/step"} <= set(first)
     evaluated = [metrics for _, metrics in monitor.records if "eval/pass@1" in metrics]
     assert [m["eval/pass@1"] for m in evaluated] == [1.0, 1.0]
@@ -244,8 +246,8 @@ def test_every_wait_has_an_end(tmp_path: Path, what: str) -> None:
 
 def test_errors_of_workers_reach_the_caller(tmp_path: Path) -> None:
     class Broken(FakeCluster):
-        def score(self, groups: Sequence[Group]) -> Future[list[Group]]:
-            future: Future[list[Group]] = Future()
+        def score(self, groups: Sequence[Group]) -> Future[Scored]:
+            future: Future[Scored] = Future()
             future.set_exception(InfrastructureError("reward-0 died"))
             return future
 

@@ -97,6 +97,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_checkpoint(folder).denoiser.named_parameters())
 
 
+def _is_timing(name: str) -> bool:
+    return name.startswith(("timing_s", "perf")) or name.endswith("seconds")
+
+
 class Notes:
     """A sink that remembers, and may pull the plug."""
 
@@ -116,7 +120,7 @@ class Notes:
     def learned(self) -> list[tuple[int, dict[str, float]]]:
         """What was computed, without what was timed."""
         return [
-            (step, {k: v for k, v in values.items() if not k.startswith(("timing_s", "perf"))})
+            (step, {k: v for k, v in values.items() if not _is_timing(k)})
             for step, values in self.records
             if "policy/loss" in values
         ]
@@ -133,6 +137,15 @@ def test_dry_run_of_shipped_configs(
     assert "model.path" in result.stderr
     assert "is not there" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_looks_at_the_data_that_is_there(config_file: Path) -> None:
+    bad = config_file.parent / "bad.jsonl"
+    write_rows(bad, {"prompt": "x", "tests": ["assert f("]})
+    result = invoke("--config", config_file, "--dry-run", f"data.test={bad}")
+    assert result.exit_code == 0, result.output
+    assert f"dry run: data.test: {bad}, line 1: column 'tests', test 1" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_address_means_ray(config_file: Path) -> None:

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import InfrastructureError, UserError
-from common.records import Group, Problem
+from common.records import Completion, Group, Problem, Rollout, Scored
 from models.decoding import DecodingConfig
 from rl.config import TrainConfig
 from workers.cluster import RayCluster, RayWeightStore, split_evenly
 from workers.local import LocalCluster
+from workers.reward import join
 
 ROOT = Path(__file__).resolve().parents[2]
 MakeConfig = Callable[..., TrainConfig]
@@ -57,7 +58,8 @@ def a_run(cluster: Any, problems: list[Problem], folder: Path) -> dict[str, Any]
     versions, rollouts, metrics = [], [], []
     for step in range(2):
         versions.append(cluster.sync_weights())
-        groups = cluster.score(cluster.generate(problems, seed=step).result(250)).result(250)
+        scored = cluster.score(cluster.generate(problems, seed=step).result(250)).result(250)
+        groups = scored.groups
         rollouts.append(groups)
         metrics.append(cluster.update(groups, step))
     versions.append(cluster.sync_weights())
@@ -140,6 +142,71 @@ def test_ray_equals_local(
     assert logs == ["learner-0.log", "reward-0.log", "rollout-0.log", "weights.log"]
 
 
+CODES = ["def f(x):\n    return x + 1", "def f(x):\n    return 2", "def f(x:", "while True: pass"]
+TESTED = {
+    "functions": [{"name": "code", "weight": 2.0}, {"name": "code_format", "weight": 0.5}],
+    "sandbox": {"workers": 1, "seconds": 1.0},
+    "max_failed_share": 1.0,
+}
+
+
+def programs() -> list[Group]:
+    """Three problems, the last without tests, with a good, a half right, a broken and a stuck
+    program each; the good one twice.
+    """
+    groups = []
+    for number in range(3):
+        tests = (f"assert f({number}) == {number + 1}", "assert f(5) == 6") if number < 2 else ()
+        problem = Problem(f"p{number}", "add one", tests=tests, entry_point="f")
+        rollouts = (
+            Rollout(f"p{number}", i, (3,), Completion((4, 1), (), text, "eos", (), ()), 1, i)
+            for i, text in enumerate(f"```python\n{code}\n```" for code in [*CODES, CODES[0]])
+        )
+        groups.append(Group(problem, tuple(rollouts)))
+    return groups
+
+
+def counts(scored: Scored) -> dict[str, float]:
+    return {name: value for name, value in scored.sums.items() if not name.endswith("seconds")}
+
+
+def test_what_scoring_took_adds_up_over_workers() -> None:
+    one, other = programs()[:1], programs()[1:]
+    parts = [Scored(one, {"a": 1.0, "b": 2.5}), Scored(other, {"a": 3.0, "c": 1.0}), Scored([])]
+    joined = join(parts)
+    assert joined == Scored(one + other, {"a": 4.0, "b": 2.5, "c": 1.0})
+    assert join([]) == Scored([], {})
+
+
+@pytest.mark.ray
+def test_two_reward_workers_count_and_score_as_one(
+    ray_config: MakeConfig, open_cluster: Callable[..., RayCluster]
+) -> None:
+    local = LocalCluster(ray_config(reward=TESTED), with_learner=False)
+    expected = local.score(programs()).result(250)
+    local.close()
+    # By hand: of each problem's five, one does not parse and two are one; the third problem's
+    # three programs have no tests.
+    assert counts(expected) == {
+        "sandbox/programs": 9.0,
+        "sandbox/shared": 3.0,
+        "sandbox/tests": 12.0,
+        "sandbox/weak_tests": 0.0,
+        "sandbox/not_judged": 3.0,
+    }
+    config = ray_config(reward=TESTED)
+    pool = config.cluster.reward.model_copy(update={"min": 2, "max": 2})
+    cluster_config = config.cluster.model_copy(update={"reward": pool})
+    cluster = open_cluster(
+        config.model_copy(update={"cluster": cluster_config}), with_learner=False
+    )
+    found = cluster.score(programs()).result(250)
+    assert found.groups == expected.groups
+    assert counts(found) == counts(expected)
+    assert found.sums.keys() == expected.sums.keys()
+    assert found.sums["sandbox/seconds"] > 0
+
+
 @pytest.mark.ray
 def test_two_rollout_workers_and_two_ranks_equal_one(
     expected: dict[str, Any],
@@ -174,7 +241,7 @@ def test_a_killed_rollout_worker_answers_with_the_newest_weights(
     assert {r.policy_version for group in before for r in group.rollouts} == {version}
     # And the reward worker likewise.
     os.kill(cluster.pids["reward-0"], signal.SIGKILL)
-    assert len(cluster.score(before).result(250)) == len(problems)
+    assert len(cluster.score(before).result(250).groups) == len(problems)
     # The learner is a gang: its death ends the run, and says where to look.
     os.kill(cluster.pids["learner-0"], signal.SIGKILL)
     with pytest.raises(InfrastructureError, match=r"learner-0 failed in `update`.*learner-0\.log"):
