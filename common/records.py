@@ -29,8 +29,10 @@ class StdinTest:
 class Problem:
     """One task with its tests.
 
-    `prompt` is plain text, or chat messages for the tokenizer's chat template. `columns` holds
-    the dataset's other columns; rewards receive them by name.
+    `prompt` is plain text, or chat messages for the tokenizer's chat template. `language` is that
+    of the answer, by the sandbox's name; other than Python it needs `stdin_tests`, for which
+    `float_tolerance` forgives printed numbers that much. `columns` holds the dataset's other
+    columns; rewards receive them by name.
     """
 
     problem_id: str
@@ -41,6 +43,8 @@ class Problem:
     entry_point: str | None = None
     data_source: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
+    language: str = "python"
+    float_tolerance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,10 @@ class CodeBinary(Code):
 
 
 class CodeFormat(Builtin):
-    """1.0 for a fenced program that parses, 0.5 for one that does not, 0.0 for none."""
+    """1.0 for a fenced program that parses, 0.5 for one that does not, 0.0 for none.
+
+    Only Python is parsed: in other languages a block in the problem's language is 1.0.
+    """
 
     parses = True
 

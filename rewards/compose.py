@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from common.config import Section
 from common.errors import InfrastructureError, UserError
-from common.records import Group, Score, Scored
+from common.records import Group, Problem, Rollout, Score, Scored
 from rewards.builtin import BUILTIN, Builtin, build
 from rewards.extract import Which, extract_code
 from rewards.load import check_signature, load_function
@@ -190,11 +190,7 @@ class Rewarder:
         Raises:
             InfrastructureError: the sandbox cannot even parse.
         """
-        samples = [
-            Sample(group.problem, r, extract_code(r.completion.text, self._config.code_block))
-            for group in groups
-            for r in group.rollouts
-        ]
+        samples = [self._sample(group.problem, r) for group in groups for r in group.rollouts]
         if self._sandbox is None:
             return samples, {}
         start = time.monotonic()
@@ -205,15 +201,26 @@ class Rewarder:
             samples, sums = self._run(self._sandbox, samples)
         return samples, sums | {"sandbox/seconds": time.monotonic() - start}
 
+    def _sample(self, problem: Problem, rollout: Rollout) -> Sample:
+        text = rollout.completion.text
+        code = extract_code(text, self._config.code_block, problem.language)
+        return Sample(problem, rollout, code)
+
     def _parse(self, sandbox: Sandbox, samples: list[Sample]) -> list[Sample]:
-        texts = list(dict.fromkeys(s.code for s in samples if s.code is not None))
+        python = [s for s in samples if s.problem.language == "python"]
+        texts = list(dict.fromkeys(s.code for s in python if s.code is not None))
         try:
             answers = dict(zip(texts, sandbox.parses(texts), strict=True))
         except SandboxError as error:
             raise InfrastructureError(f"reward.sandbox: {error}") from error
-        return [
-            s if s.code is None else dataclasses.replace(s, parses=answers[s.code]) for s in samples
-        ]
+        parsed = []
+        for sample in samples:
+            if sample.code is not None:
+                is_python = sample.problem.language == "python"
+                parses = answers[sample.code] if is_python else True
+                sample = dataclasses.replace(sample, parses=parses)
+            parsed.append(sample)
+        return parsed
 
     def _run(
         self, sandbox: Sandbox, samples: list[Sample]
@@ -253,6 +260,7 @@ class Rewarder:
         problem = sample.problem
         return (
             sample.code, problem.tests, problem.stdin_tests, problem.setup, problem.entry_point,
+            problem.language, problem.float_tolerance,
         )  # fmt: skip
 
     def _case(self, case_id: str, sample: Sample) -> Case:
@@ -265,6 +273,8 @@ class Rewarder:
             stdin_tests=tuple(StdinTest(t.stdin, t.stdout) for t in problem.stdin_tests),
             setup=problem.setup,
             entry_point=problem.entry_point,
+            language=problem.language,
+            float_tolerance=problem.float_tolerance,
             limits=Limits(seconds=options.seconds, memory_mib=options.memory_mib),
         )
 

@@ -8,9 +8,10 @@ closed is no block: the completion was cut off, or forgot how to end.
 import re
 from typing import Literal
 
+from rewards.languages import language_named
+
 Which = Literal["first", "last", "only", "whole"]
 
-_PYTHON = {"", "python", "py", "python3"}
 # The info string behind backticks may not contain one: that would be inline code.
 _OPENING = re.compile(r"( {0,3})(?:(`{3,})([^`]*)|(~{3,})(.*))$")
 # Alone on its line; where EOS truncated the text there is no newline behind it (ALGORITHMS
@@ -18,19 +19,19 @@ _OPENING = re.compile(r"( {0,3})(?:(`{3,})([^`]*)|(~{3,})(.*))$")
 _CLOSING = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*$")
 
 
-def python_blocks(text: str) -> list[str]:
-    """Contents of the closed fenced blocks whose language is python or not given, in order."""
+def blocks_of(text: str, language: str) -> list[str]:
+    """Contents of the closed fenced blocks that name `language` or none, in order."""
     blocks: list[str] = []
     fence: str | None = None  # of the block we are in
-    indent, language, lines = 0, "", list[str]()
+    indent, name, lines = 0, "", list[str]()
     for line in text.replace("\r\n", "\n").split("\n"):
         if fence is None:
             opening = _OPENING.match(line)
             if opening is not None:
                 fence = opening[2] or opening[4]
-                indent, language, lines = len(opening[1]), _language(opening), []
+                indent, name, lines = len(opening[1]), _name(opening), []
         elif (closing := _CLOSING.match(line)) is not None and closing[1].startswith(fence):
-            if language in _PYTHON:
+            if not name or language_named(name) == language:
                 blocks.append("".join(f"{kept}\n" for kept in lines))
             fence = None
         else:
@@ -38,9 +39,9 @@ def python_blocks(text: str) -> list[str]:
     return blocks
 
 
-def _language(opening: re.Match[str]) -> str:
+def _name(opening: re.Match[str]) -> str:
     words = (opening[3] or opening[5] or "").split()
-    return words[0].lower() if words else ""
+    return words[0] if words else ""
 
 
 def _dedent(line: str, indent: int) -> str:
@@ -48,15 +49,15 @@ def _dedent(line: str, indent: int) -> str:
     return line[min(indent, len(line) - len(line.lstrip(" "))) :]
 
 
-def extract_code(text: str, which: Which = "first") -> str | None:
+def extract_code(text: str, which: Which = "first", language: str = "python") -> str | None:
     """The program in `text`, or None if there is none.
 
-    which: `first` or `last` python block; `only` demands exactly one; `whole` takes the text as
-    it is, for models that answer without fences. A blank program is none.
+    which: `first` or `last` block in `language`; `only` demands exactly one; `whole` takes the
+    text as it is, for models that answer without fences. A blank program is none.
     """
     if which == "whole":
         return text if text.strip() else None
-    blocks = python_blocks(text)
+    blocks = blocks_of(text, language)
     if not blocks or (which == "only" and len(blocks) > 1):
         return None
     code = blocks[-1 if which == "last" else 0]

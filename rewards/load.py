@@ -19,7 +19,7 @@ from common.errors import UserError
 RewardFunction = Callable[..., Any]
 RESERVED = (
     "prompts", "completions", "programs", "verdicts", "cpu_seconds", "num_tokens", "problem_id",
-    "tests", "stdin_tests", "setup", "entry_point", "data_source",
+    "tests", "stdin_tests", "setup", "entry_point", "data_source", "language",
 )  # fmt: skip
 """What every reward is given; the columns of the dataset come on top."""
 NEED_TESTS = frozenset({"verdicts", "cpu_seconds"})

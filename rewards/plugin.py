@@ -145,7 +145,15 @@ def arguments(samples: Sequence[Sample]) -> dict[str, Any]:
     found: dict[str, Any] = {
         key: [sample.problem.columns.get(key) for sample in samples] for key in sorted(columns)
     }
-    for key in ("problem_id", "tests", "stdin_tests", "setup", "entry_point", "data_source"):
+    for key in (
+        "problem_id",
+        "tests",
+        "stdin_tests",
+        "setup",
+        "entry_point",
+        "data_source",
+        "language",
+    ):
         found[key] = [getattr(sample.problem, key) for sample in samples]
     found["prompts"] = [sample.problem.prompt for sample in samples]
     found["completions"] = [sample.rollout.completion.text for sample in samples]

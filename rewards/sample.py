@@ -20,8 +20,9 @@ class Outcome:
 class Sample:
     """One completion with what all rewards share.
 
-    code: the extracted program or None. parses: whether it is syntactically Python; None if
-    nobody wanted to know. result: the sandbox's; None if the program was not run.
+    code: the extracted program or None. parses: whether it is syntactically Python (taken for
+    granted where the problem asks for another language); None if nobody wanted to know. result:
+    the sandbox's; None if the program was not run.
     """
 
     problem: Problem

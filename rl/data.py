@@ -20,13 +20,18 @@ from typing import Any, get_args
 from common.errors import UserError
 from common.records import Message, Problem, StdinTest
 from common.seeding import derive_seed
+from rewards.languages import language_named
 from rl.problems.splits import SPLITS, SplitName, build_problems
+from sandbox.languages import LANGUAGES
 
 EMBEDDED = "embedded:"
 EMBEDDED_COUNTS: dict[SplitName, int] = {"pretrain": 4000, "sft": 2000, "rl": 768, "test": 320}
 """How many problems `embedded:<split>` gives when no count is asked for."""
 
-_OWN_COLUMNS = ("prompt", "tests", "entry_point", "data_source", "setup", "problem_id")
+_OWN_COLUMNS = (
+    "prompt", "tests", "entry_point", "data_source", "setup", "problem_id", "language",
+    "float_tolerance",
+)  # fmt: skip
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _Row = tuple[str, Mapping[str, Any]]
 """Where a row stands ("data.jsonl, line 3") and its columns."""
@@ -48,7 +53,9 @@ def load_problems(
 
     Columns: `prompt` (text, or messages with `role` and `content`), `tests` (asserts, or objects
     with `stdin` and `stdout`), optional `entry_point`, `data_source`, `setup`, `problem_id` (or
-    `task_id`); the others go to `Problem.columns`. Raises UserError naming file, row and column.
+    `task_id`), and for tests with `stdin` `language` (default Python; also as fences call it) and
+    `float_tolerance`; the others go to `Problem.columns`. Raises UserError naming file, row and
+    column.
     """
     if limit is not None and limit < 1:
         raise UserError(f"{source}: the limit is {limit}, it must be at least 1")
@@ -184,7 +191,41 @@ def problem_of(
         entry_point=_text(where, row, "entry_point"),
         data_source=_text(where, row, "data_source") or source,
         columns={k: v for k, v in row.items() if k not in (*_OWN_COLUMNS, id_column)},
+        language=_language(where, row, asserts),
+        float_tolerance=_tolerance(where, row, asserts),
     )
+
+
+def _language(where: str, row: Mapping[str, Any], asserts: Sequence[str]) -> str:
+    given = _text(where, row, "language")
+    language = "python" if given is None else language_named(given)
+    if language is None:
+        raise UserError(
+            f"{where}: column 'language' is {given!r}, use one of {', '.join(LANGUAGES)} "
+            "(or rename the column if it says something else)"
+        )
+    if asserts and language != "python":
+        raise UserError(
+            f"{where}: column 'tests' holds asserts, which are Python: give {language} programs "
+            "objects with `stdin` and `stdout`"
+        )
+    return language
+
+
+def _tolerance(where: str, row: Mapping[str, Any], asserts: Sequence[str]) -> float | None:
+    value = row.get("float_tolerance")
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 < value < 1:
+        raise UserError(
+            f"{where}: column 'float_tolerance' must be a number above 0 and below 1, it is "
+            f"{_kind(value)}"
+        )
+    if asserts:
+        raise UserError(
+            f"{where}: column 'float_tolerance' is for tests with `stdin` and `stdout`: drop it"
+        )
+    return float(value)
 
 
 def _text(where: str, row: Mapping[str, Any], column: str) -> str | None:

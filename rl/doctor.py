@@ -6,6 +6,7 @@ read from the installed metadata.
 
 import importlib.metadata
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -55,6 +56,7 @@ def examine(folder: Path = Path()) -> list[Line]:
         lambda: check_disk(folder),
         check_shm,
         check_sandbox,
+        check_languages,
         check_packages,
         check_gpu,
         check_extras,
@@ -160,6 +162,21 @@ def check_sandbox_parts(found: "Capabilities") -> list[Line]:
             else "",
         ),
     ]
+
+
+def check_languages() -> list[Line]:
+    """In which languages programs can be judged here, and what to install for the others."""
+    from sandbox.languages import LANGUAGES, RUNNERS, versions
+
+    found = {"python": platform.python_version()} | versions(os.environ.get("PATH"))
+    lines = [Line("languages", ", ".join(f"{name} {version}" for name, version in found.items()))]
+    missing = [name for name in LANGUAGES if name not in found]
+    if missing:
+        install = {runner.language: runner.install for runner in reversed(RUNNERS)}
+        remedy = "; ".join(f"{name}: install {install[name]}" for name in missing)
+        text = f"only for problems in these languages; {remedy}"
+        lines.append(Line("languages missing", ", ".join(missing), "note", text))
+    return lines
 
 
 def check_packages(version: Callable[[str], str] = importlib.metadata.version) -> list[Line]:

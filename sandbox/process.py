@@ -47,40 +47,47 @@ class Ended:
 class ZygoteProcess:
     """One zygote. Not thread-safe: a worker owns it.
 
+    toolchains: where to look for other languages, as in PATH; None for a zygote without.
+    languages: those it found, with their rows in `languages.RUNNERS`.
+
     Raises ZygoteError from the constructor if the zygote cannot have `level` on this machine.
     """
 
-    def __init__(self, level: str) -> None:
+    def __init__(self, level: str, toolchains: str | None = None) -> None:
         self.level = level
+        self._toolchains = toolchains
         self._folder = tempfile.mkdtemp(prefix="unmask-sandbox-")
         os.chmod(self._folder, 0o711)  # the landlock level runs as another user when we are root
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control = ours
         self._group = cgroup.make()
-        passed = [theirs.fileno()]
-        if self._group is not None:
-            passed.append(self._group.open_events())
+        events = None if self._group is None else self._group.open_events()
         try:
-            self._process = self._spawn(passed)
+            self._process = self._spawn(theirs.fileno(), events)
         except OSError as error:
             self._clean_up()
             raise ZygoteError(f"cannot start {sys.executable}: {error}") from None
         finally:
             theirs.close()
-            for descriptor in passed[1:]:
-                os.close(descriptor)
+            if events is not None:
+                os.close(events)
         if self._group is not None:
             with contextlib.suppress(OSError):  # then the zygote's own watch has to do
                 self._group.add(self._process.pid)
-        with contextlib.suppress(OSError):  # it ended: the greeting that does not come says so
-            self.control.send(b"go")
+            with contextlib.suppress(OSError):  # it ended: no greeting comes, which says so
+                self.control.send(b"go")
         greeting = self._receive(_START_SECONDS)
         if "error" in greeting:
             self.close()
             raise ZygoteError(greeting["error"])
+        self.languages: dict[str, int] = greeting["languages"]
 
-    def _spawn(self, passed: list[int]) -> subprocess.Popen[bytes]:
-        options = {"descriptors": passed, "level": self.level, "folder": self._folder}
+    def _spawn(self, control: int, events: int | None) -> subprocess.Popen[bytes]:
+        options: dict[str, Any] = {"control": control, "level": self.level, "folder": self._folder}
+        if events is not None:
+            options["events"] = events
+        if self._toolchains is not None:
+            options["toolchains"] = self._toolchains
         python = getattr(sys, "_base_executable", None) or sys.executable
         return subprocess.Popen(
             [python, "-I", "-S", "-E", "-B", "-c", _BOOT, str(_ROOT), json.dumps(options)],
@@ -89,7 +96,7 @@ class ZygoteProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            pass_fds=passed,
+            pass_fds=[control] if events is None else [control, events],
             start_new_session=True,  # Ctrl-C is for the worker, which then closes us
         )
 

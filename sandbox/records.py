@@ -1,13 +1,16 @@
 """What goes into the sandbox and what comes out. Not how it is run.
 
-The JSON form of these records is the contract of `python -m sandbox`. `Case.entry_point` is an
-optional addition: it tells the judge which name is the candidate's even if a builtin bears it too.
+The JSON form of these records is the contract of `python -m sandbox`. `Case.entry_point` and
+`float_tolerance` are optional additions: which name is the candidate's even if a builtin bears it
+too; how near a printed number must be.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from sandbox.languages import LANGUAGES
 
 Verdict = Literal[
     "pass", "fail", "timeout", "oom", "output_limit", "crash", "exited", "infra_error"
@@ -75,8 +78,10 @@ class StdinTest:
 class Case:
     """One program and the tests to judge it by: `tests` (asserts) or `stdin_tests`.
 
-    `setup` is run before the program and before each test. `entry_point` names the function under
-    test; without it the judge takes the free names of the tests.
+    `setup` is run before the program and before each test; in other languages than Python it is
+    text before the program's. `entry_point` names the function under test; without it the judge
+    takes the free names of the tests. `float_tolerance` forgives numbers in the output that much,
+    see `comparison.same_token`.
     """
 
     id: str
@@ -87,16 +92,27 @@ class Case:
     entry_point: str | None = None
     language: str = "python"
     limits: Limits = field(default_factory=Limits)
+    float_tolerance: float | None = None
 
     def problem(self) -> str | None:
         """Why this case cannot be judged, or None."""
-        if self.language != "python":
-            return f"language {self.language!r} is not supported; use 'python'"
+        if self.language not in LANGUAGES:
+            return f"language {self.language!r} is not known; use one of {', '.join(LANGUAGES)}"
+        if self.tests and self.language != "python":
+            return f"tests are Python asserts; give stdin_tests for language {self.language!r}"
         if self.tests and self.stdin_tests:
             return "has both tests and stdin_tests; give one kind"
         if not self.tests and not self.stdin_tests:
             return "has no tests"
+        if self.float_tolerance is not None:
+            return self._tolerance_problem()
         return None
+
+    def _tolerance_problem(self) -> str | None:
+        value = self.float_tolerance
+        if type(value) not in (int, float) or not 0 < float(value or 0) < 1:
+            return f"float_tolerance: {value!r} must be a number above 0 and below 1"
+        return None if self.stdin_tests else "float_tolerance: is for stdin_tests only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +194,10 @@ def case_from_json(record: Any) -> Case:
     """
     if not isinstance(record, dict):
         raise InvalidCase("the line must hold a JSON object")
-    known = {"id", "language", "code", "setup", "tests", "stdin_tests", "limits", "entry_point"}
+    known = {
+        "id", "language", "code", "setup", "tests", "stdin_tests", "limits", "entry_point",
+        "float_tolerance",
+    }  # fmt: skip
     unknown = sorted(set(record) - known)
     if unknown:
         raise InvalidCase(f"unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
@@ -195,6 +214,7 @@ def case_from_json(record: Any) -> Case:
         tests=tuple(_strings(record.get("tests"), "tests")),
         stdin_tests=tuple(_stdin_test(item) for item in _list(record, "stdin_tests")),
         limits=Limits(**limits),
+        float_tolerance=record.get("float_tolerance"),
     )
 
 

@@ -17,6 +17,8 @@ MAX_WORKERS = 64
 class Sandbox:
     """A context manager around `workers` pairs of zygotes (default: one per CPU, at most 8).
 
+    A worker starts a third one with its first case in another language than Python.
+
     backend: `auto` takes the strongest level the machine permits (`probe`), `namespace` and
     `landlock` insist on theirs, `unsafe` is limits only. `auto` refuses to fall to that without
     `allow_unsafe`.

@@ -1,7 +1,7 @@
-"""One worker: a pair of zygotes, and how each test is run and judged with them.
+"""One worker: its zygotes, and how each assert is run and judged with them.
 
-The verdict on asserts comes from the judge's process, on stdin tests from the comparison here.
-Nothing a candidate wrote is parsed here: its output is compared as text, its exit is a wait status.
+The verdict on asserts comes from the judge's process; for stdin tests see `programs`. Nothing a
+candidate wrote is parsed here: its exit is a wait status.
 """
 
 import contextlib
@@ -12,24 +12,28 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from sandbox.endings import how_it_ended
 from sandbox.parsing import parse_texts
-from sandbox.payload import memory_file, payload
+from sandbox.payload import payload
 from sandbox.process import Ended, ZygoteError, ZygoteProcess
-from sandbox.records import Case, Limits, Result, SandboxError, StdinTest, TestResult, Verdict
+from sandbox.programs import MissingToolchain, Program
+from sandbox.records import Case, Result, SandboxError, TestResult, Verdict
 from sandbox.weak import Plan, judge_weakly
 
 _PIPE_BYTES = 1 << 20
 _REPORT_BYTES = 1 << 16
-_STDERR_KEPT = 2000
 _TRIES = 2
 _GONE = -1
 
 
+_Item = TypeVar("_Item")
+_Answer = TypeVar("_Answer")
+
+
 class InvalidTest(Exception):
-    """A test or setup that no candidate could pass (it does not compile)."""
+    """What no candidate could pass: a test that does not compile, a language that is not here."""
 
 
 class Worker:
@@ -40,7 +44,7 @@ class Worker:
         self._zygotes: dict[str, ZygoteProcess] = {}
 
     def close(self) -> None:
-        """End both zygotes."""
+        """End its zygotes."""
         for zygote in self._zygotes.values():
             zygote.close()
         self._zygotes.clear()
@@ -77,6 +81,9 @@ class Worker:
         raise SandboxError(f"cannot parse in the sandbox: {message}")
 
     def _run_tests(self, case: Case) -> Iterator[TestResult]:
+        if case.stdin_tests:
+            yield from self._run_stdin_tests(case)
+            return
         program = {"code": case.code, "setup": case.setup}
         questions = {
             "setup": case.setup,
@@ -88,15 +95,22 @@ class Worker:
             with contextlib.closing(judge):
                 for index in range(len(case.tests)):
                     yield self._with_retry(lambda i: self._assert(judge, code, i), index)
-            for index in range(len(case.stdin_tests)):
-                yield self._with_retry(
-                    lambda i: self._stdin(code, case.stdin_tests[i], case.limits), index
-                )
 
-    def _with_retry(self, attempt: Callable[[int], TestResult], index: int) -> TestResult:
+    def _run_stdin_tests(self, case: Case) -> Iterator[TestResult]:
+        program = Program(self._zygote, case)
+        try:
+            failed = self._with_retry(lambda _: program.prepare(), 0)
+        except MissingToolchain as error:
+            raise InvalidTest(str(error)) from None
+        for test in case.stdin_tests:
+            result = failed or self._with_retry(program.test, test)
+            assert result is not None
+            yield result
+
+    def _with_retry(self, attempt: Callable[[_Item], _Answer], item: _Item) -> _Answer | TestResult:
         for _ in range(_TRIES):
             try:
-                return attempt(index)
+                return attempt(item)
             except (ZygoteError, OSError) as error:
                 message = str(error)
                 self.close()
@@ -104,7 +118,8 @@ class Worker:
 
     def _zygote(self, role: str) -> ZygoteProcess:
         if role not in self._zygotes:
-            self._zygotes[role] = ZygoteProcess(self._level)
+            toolchains = os.environ.get("PATH", "") if role == "programs" else None
+            self._zygotes[role] = ZygoteProcess(self._level, toolchains)
         return self._zygotes[role]
 
     def _assert(self, judge: "Judge", code: int, index: int) -> TestResult:
@@ -125,27 +140,6 @@ class Worker:
             plan = judge.controls(index, start + 2 * judge.limits.seconds)
             return judge_weakly(candidate, judge.case, plan, seed=f"{judge.case.id} {index}")
         verdict, message = _assert_verdict(report, ended)
-        return TestResult(verdict, round(seconds, 4), message, round(ended.cpu, 4))
-
-    def _stdin(self, code: int, test: StdinTest, limits: Limits) -> TestResult:
-        candidate = self._zygote("candidate")
-        start = time.monotonic()
-        out_read, out_write = os.pipe()
-        error_read, error_write = os.pipe()
-        try:
-            with memory_file(test.stdin.encode("utf-8", "surrogatepass")) as stdin:
-                candidate.run("program", asdict(limits), [code, stdin, out_write, error_write])
-        finally:
-            os.close(out_write)
-            os.close(error_write)
-        collected = _Collector(out_read, error_read, limits.output_kib * 1024)
-        reason = collected.pump(start + limits.seconds, candidate.control)
-        if reason is not None:
-            candidate.kill()
-        ended = candidate.wait()
-        collected.finish()
-        seconds = time.monotonic() - start
-        verdict, message = _stdin_verdict(reason, ended, collected, test.stdout)
         return TestResult(verdict, round(seconds, 4), message, round(ended.cpu, 4))
 
 
@@ -223,47 +217,6 @@ class Judge:
             return _GONE
 
 
-class _Collector:
-    """Drains stdout and stderr at once, stdout up to a cap, of stderr only the tail."""
-
-    def __init__(self, out: int, error: int, max_bytes: int) -> None:
-        self.stdout, self.stderr = bytearray(), bytearray()
-        self._open = {out: self.stdout, error: self.stderr}
-        self._max_bytes = max_bytes
-
-    def pump(self, deadline: float, control: socket.socket) -> Verdict | None:
-        """Until the program ended; or the verdict for which it has to be ended."""
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return "timeout"
-            watched = [*self._open, control.fileno()]
-            ready = select.select(watched, [], [], left)[0]
-            for descriptor in ready:
-                if descriptor in self._open:
-                    self._read(descriptor)
-            if len(self.stdout) > self._max_bytes:
-                return "output_limit"
-            if control.fileno() in ready:
-                return None
-
-    def finish(self) -> None:
-        """What is left in the pipes; every writer is dead by now."""
-        while self._open:
-            self._read(next(iter(self._open)))
-
-    def _read(self, descriptor: int) -> None:
-        data = os.read(descriptor, _PIPE_BYTES)
-        buffer = self._open[descriptor]
-        if not data:
-            os.close(descriptor)
-            del self._open[descriptor]
-        elif len(buffer) <= self._max_bytes:
-            buffer += data
-        if buffer is self.stderr:
-            del buffer[:-_STDERR_KEPT]
-
-
 def _assert_verdict(report: dict[str, Any] | None, ended: Ended) -> tuple[Verdict, str]:
     if ended.excess:
         return how_it_ended(ended, "")
@@ -275,32 +228,3 @@ def _assert_verdict(report: dict[str, Any] | None, ended: Ended) -> tuple[Verdic
     if verdict == "lost":
         return how_it_ended(ended, message)
     return verdict, message
-
-
-def _stdin_verdict(
-    reason: Verdict | None, ended: Ended, collected: _Collector, expected: str
-) -> tuple[Verdict, str]:
-    if ended.excess:
-        return how_it_ended(ended, "")
-    if reason is not None:
-        return reason, ""
-    code = os.waitstatus_to_exitcode(ended.status)
-    complaint = bytes(collected.stderr).decode("utf-8", "replace").strip()
-    if code < 0:
-        return how_it_ended(ended, "")
-    last = complaint.splitlines()[-1][:300] if complaint else ""
-    if code > 0:
-        verdict: Verdict = "oom" if last.startswith("MemoryError") else "fail"
-        return verdict, f"exit status {code}: {last}"
-    try:
-        printed = bytes(collected.stdout).decode()
-    except UnicodeDecodeError as error:
-        return "fail", f"the output is not UTF-8 (byte {error.start})"
-    if _lines(printed) == _lines(expected):
-        return "pass", ""
-    return "fail", "the output differs"
-
-
-def _lines(text: str) -> list[str]:
-    """The lines without trailing whitespace, without trailing empty lines."""
-    return "\n".join(line.rstrip() for line in text.split("\n")).rstrip().split("\n")

@@ -7,6 +7,7 @@ shell), `landlock` (files by Landlock, signals by seccomp, for containers that f
 
 import os
 import resource
+from collections.abc import Sequence
 
 from sandbox.inside import landlock, seccomp, shell, syscalls
 
@@ -26,12 +27,21 @@ def enter_namespaces(surroundings: shell.Shell, disk_mib: int) -> None:
     os.chdir("/tmp")
 
 
-def limit(seconds: float, memory_mib: int, disk_mib: int, processes: int | None) -> None:
-    """Resource limits of the calling process and its children; `processes` None leaves them."""
+def limit(
+    seconds: float,
+    memory_mib: int,
+    disk_mib: int,
+    processes: int | None,
+    address_space: bool = True,
+) -> None:
+    """Resource limits of the calling process and its children; `processes` None leaves them.
+
+    Without `address_space`, memory is bounded as RLIMIT_DATA counts it (private writable pages).
+    """
     cpu = int(seconds) + 2  # only a net under the wall clock, which somebody else holds
     limits = [
         (resource.RLIMIT_CPU, cpu),
-        (resource.RLIMIT_AS, memory_mib * _MIB),
+        (resource.RLIMIT_AS if address_space else resource.RLIMIT_DATA, memory_mib * _MIB),
         (resource.RLIMIT_FSIZE, disk_mib * _MIB),
         (resource.RLIMIT_NOFILE, 128),
         (resource.RLIMIT_CORE, 0),
@@ -46,10 +56,12 @@ def limit(seconds: float, memory_mib: int, disk_mib: int, processes: int | None)
         resource.setrlimit(kind, (value, value))
 
 
-def seal(level: str, folder: str | None, spare: int | None) -> None:
-    """Give up every privilege, for good. `folder` is the one writable folder (landlock level).
+def seal(level: str, folder: str | None, spare: int | None, readable: Sequence[str] = ()) -> None:
+    """Give up every privilege, for good.
 
-    spare: the user to become if we are root (`shell.spare_uid`).
+    spare: the user to become if we are root (`shell.spare_uid`). At the landlock level `folder` is
+    the one writable folder, and `readable` is what may be read besides the runtime; at the
+    namespace level the shell has decided that.
 
     Raises OSError where a level's part is missing: never runs on with less than was promised.
     """
@@ -68,7 +80,8 @@ def seal(level: str, folder: str | None, spare: int | None) -> None:
         syscalls.set_capabilities(0)
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
     if level == "landlock":
-        landlock.restrict(shell.runtime_paths(), folder or os.getcwd(), shell.DEVICES)
+        paths = [*shell.runtime_paths(), *readable]
+        landlock.restrict(paths, folder or os.getcwd(), shell.DEVICES)
     if level == "unsafe" and not seccomp.supported():
         return
     try:

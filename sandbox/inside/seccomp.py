@@ -32,11 +32,14 @@ _DENIED = {
 # Without a pid namespace other processes are in reach: signals and limits for oneself only.
 _DENIED_SHARED_PIDS = {
     "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434), "prlimit64": (302, 261),
+    "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434),
     "setpriority": (141, 140), "sched_setaffinity": (203, 122),
 }  # fmt: skip
 _OWN = 0x7EEEEEEE  # no pid is that large, no other constant of the program is that
-_ONLY_SELF = {"kill": (62, 129), "tgkill": (234, 131)}
+# name: (x86_64, aarch64, whether the pid 0 is oneself). getrlimit is prlimit64, the JVM needs it.
+_ONLY_SELF = {
+    "kill": (62, 129, False), "tgkill": (234, 131, False), "prlimit64": (302, 261, True),
+}  # fmt: skip
 _CLONE, _CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 
 _LOAD, _JUMP_EQ, _JUMP_GE, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -79,11 +82,12 @@ def prepare(shared_pids: bool) -> bytes:
     denied = dict(_DENIED)
     if shared_pids:
         denied |= _DENIED_SHARED_PIDS
-        for numbers in _ONLY_SELF.values():
+        for *pair, zero_is_self in _ONLY_SELF.values():
             parts += [
-                _op(_JUMP_EQ, numbers[column], 0, 4),
+                _op(_JUMP_EQ, pair[column], 0, 5),
                 _op(_LOAD, _OFFSET_ARG0),
-                _op(_JUMP_EQ, _OWN, 1, 0),
+                _op(_JUMP_EQ, _OWN, 2, 0),
+                _op(_JUMP_EQ, 0 if zero_is_self else _OWN, 1, 0),
                 deny,
                 reload_number,
             ]

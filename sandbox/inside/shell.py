@@ -13,6 +13,7 @@ much as a new Python (docs/RESULTS.md). One way in is one way to test.
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sandbox.inside import syscalls
@@ -20,6 +21,11 @@ from sandbox.inside import syscalls
 NOBODY = 65534
 _SPARE_UIDS, _MAX_PID, _FEW_UIDS = 0x70000000, 1 << 22, 4096
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+STREAMS = {
+    "/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1",
+    "/dev/stderr": "/proc/self/fd/2",
+}  # fmt: skip
+_PROC_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
 _MOUNT_POINTS = ("/mnt", "/srv", "/media", "/opt", "/tmp", "/run", "/var")
 
@@ -86,10 +92,12 @@ def spare_uid() -> int | None:
     return None
 
 
-def enter(proc: int, spare: int | None) -> Shell:
+def enter(proc: int, spare: int | None, readable: Sequence[str] | None = None) -> Shell:
     """Move this process into a shell of its own; returns in a forked child that is its pid 1.
 
-    proc: a descriptor of /proc. spare: `spare_uid()`, whom we become if there is one.
+    proc: a descriptor of /proc. spare: `spare_uid()`, whom we become if there is one. readable:
+    for other languages' toolchains, what is there besides the runtime; with it, jails can have a
+    /proc of their own (`own_proc`).
 
     Raises OSError if the kernel, or whoever configured it, does not permit this.
     """
@@ -106,7 +114,7 @@ def enter(proc: int, spare: int | None) -> Shell:
         os.closerange(0, 1024)
         os.waitpid(child, 0)
         os._exit(0)
-    _build_root()
+    _build_root([*runtime_paths(), *(readable or ())], with_proc=readable is not None)
     if spare is not None:
         _become(spare)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)  # else /proc/self belongs to root: no id maps
@@ -124,8 +132,7 @@ def _become(uid: int) -> None:
     syscalls.set_capabilities((1 << cap_sys_admin) | (1 << cap_kill))
 
 
-def _build_root() -> None:
-    paths = runtime_paths()
+def _build_root(paths: list[str], with_proc: bool) -> None:
     syscalls.mount("none", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
     root = next(
         point
@@ -139,6 +146,8 @@ def _build_root() -> None:
     for device in DEVICES:
         if os.path.exists(device):
             _bind_file(device, root + device)
+    if with_proc:
+        _prepare_proc(root)
     for folder in ("/tmp", "/old"):
         os.mkdir(root + folder)
     syscalls.pivot_root(root, root + "/old")
@@ -147,6 +156,28 @@ def _build_root() -> None:
     os.rmdir("/old")
     flags = syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_RDONLY | syscalls.MS_NOSUID
     syscalls.mount("none", "/", "", flags)
+
+
+def _prepare_proc(root: str) -> None:
+    """Make it possible to mount a /proc below.
+
+    The kernel lets a user namespace mount one only where one is in sight already. So there is one,
+    under a tmpfs that hides it from every path.
+    """
+    for name in ("/proc", "/hidden", "/hidden/proc"):
+        os.mkdir(root + name)
+    for name, target in STREAMS.items():
+        os.symlink(target, root + name)
+    syscalls.mount("proc", root + "/hidden/proc", "proc", _PROC_FLAGS)
+    syscalls.mount("none", root + "/hidden", "tmpfs", syscalls.MS_RDONLY, "mode=000,size=4k")
+
+
+def own_proc() -> None:
+    """Mount a /proc of the pid namespace that we are the first process in.
+
+    Nothing of the kernel's is in it, and of processes only those that the asking one could trace.
+    """
+    syscalls.mount("proc", "/proc", "proc", _PROC_FLAGS, "subset=pid,hidepid=ptraceable")
 
 
 def _bind(source: str, target: str) -> None:

@@ -6,10 +6,11 @@ child reads, so no job's data is ever in a later job's memory. Ends when its wor
 
 Control socket (SOCK_SEQPACKET): {"op": "run", "role", "limits"} with descriptors, answered by
 {"status", "cpu", "excess", "refused"} when the child *and all its descendants* are gone; {"op":
-"kill"} ends it early. The first message is the worker's go-ahead.
+"kill"} ends it early.
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -20,10 +21,23 @@ import socket
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from sandbox.inside import candidate, folders, jail, judge, parsing, seccomp, shell, syscalls, weak
+from sandbox import languages
+from sandbox.inside import (
+    candidate,
+    execute,
+    folders,
+    jail,
+    judge,
+    parsing,
+    seccomp,
+    shell,
+    syscalls,
+    weak,
+)
 from sandbox.inside.census import Census
 
 _PRELOADED = (
@@ -33,25 +47,32 @@ _PRELOADED = (
 )
 _LOOK_MS = 100  # how often the sum of memory is looked at; short tests never pay for it
 _COMPLAIN = 250  # where a child tells its zygote that it could not be confined; closed once it is
+_REPORT = 251  # where the first process of a jail tells how its program ended
 
 
 def main(options: dict[str, Any]) -> NoReturn:
-    """Serve the worker: options["descriptors"] are the control socket and, where we are in a
-    control group, its memory events.
+    """Serve the worker at the other end of descriptor options["control"].
+
+    options["events"]: a descriptor of our control group's memory events, if there is to be one:
+    then the worker sends a go-ahead when we are in it. options["toolchains"]: where to look for
+    other languages (as in PATH, empty: the usual places), if we are to serve them.
     """
-    control = socket.socket(fileno=options["descriptors"][0])
-    for descriptor in options["descriptors"]:
-        os.set_inheritable(descriptor, False)
+    control = socket.socket(fileno=options["control"])
+    events = options.get("events")
+    os.set_inheritable(control.fileno(), False)
+    if events is not None:
+        os.set_inheritable(events, False)
     for name in _PRELOADED.split():
         importlib.import_module(name)
-    if not control.recv(64):  # the worker says when we are in our control group
+    if events is not None and not control.recv(64):
         os._exit(0)
     surroundings = None
     spare = shell.spare_uid()
+    toolchains, readable = _toolchains(options, spare)
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
     try:
         if options["level"] == "namespace":
-            surroundings = shell.enter(proc, spare)
+            surroundings = shell.enter(proc, spare, readable)
         else:
             syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     except OSError as error:
@@ -62,12 +83,28 @@ def main(options: dict[str, Any]) -> NoReturn:
     gc.collect()
     gc.disable()
     gc.freeze()
-    events = next(iter(options["descriptors"][1:]), None)
-    place = Place(options["level"], options["folder"], surroundings, spare, proc, events)
+    place = Place(
+        options["level"], options["folder"], surroundings, spare, proc, events, toolchains,
+        readable or (),
+    )  # fmt: skip
     zygote = Zygote(control, place)
-    control.send(json.dumps({"ready": os.getpid()}).encode())
+    rows = {name: languages.RUNNERS.index(found.runner) for name, found in toolchains.items()}
+    control.send(json.dumps({"ready": os.getpid(), "languages": rows}).encode())
     while True:
         zygote.serve_one()
+
+
+def _toolchains(
+    options: dict[str, Any], spare: int | None
+) -> tuple[Mapping[str, languages.Toolchain], list[str] | None]:
+    """The languages to serve, and what their jails must be able to read; None: no languages."""
+    if options.get("toolchains") is None:
+        return {}, None
+    level = options["level"]
+    as_nobody = level != "namespace" and spare is not None
+    found = languages.find(options["toolchains"] or None, as_nobody, own_proc=level != "landlock")
+    readable = {folder for toolchain in found.values() for folder in toolchain.folders}
+    return found, sorted(readable | set(languages.configuration()))
 
 
 @dataclass(frozen=True)
@@ -75,7 +112,8 @@ class Place:
     """Where a zygote is: its level, its folder for tests, its shell and its spare user id, if any.
 
     proc, events: descriptors of the host's /proc and of the control group's memory events, if it
-    has one; closed in every child.
+    has one; closed in every child. toolchains: how other languages are run, if it serves them;
+    readable: what those need to read.
     """
 
     level: str
@@ -84,6 +122,8 @@ class Place:
     spare: int | None
     proc: int
     events: int | None
+    toolchains: Mapping[str, languages.Toolchain]
+    readable: Sequence[str]
 
 
 class Zygote:
@@ -107,19 +147,23 @@ class Zygote:
         if self._surroundings is None and request["role"] != "judge":
             folder = self._make_folder()
         complaints, complain = os.pipe()
+        reports, report = os.pipe()
         child = self._fork(request["role"])
         if child == 0:
             os.dup2(complain, _COMPLAIN, inheritable=False)
+            os.dup2(report, _REPORT, inheritable=False)
             self._be_child(request, descriptors, folder)
-        for descriptor in (*descriptors, complain):
+        for descriptor in (*descriptors, complain, report):
             os.close(descriptor)
         status, cpu, excess = self._wait(child, request, folder)
         self._end_descendants()
         if folder is not None:
             folders.remove(folder)
+        status = int(os.read(reports, 100) or status)
         refused = os.read(complaints, 2000).decode()
         answer = {"status": status, "cpu": cpu, "excess": excess, "refused": refused}
         os.close(complaints)
+        os.close(reports)
         with contextlib.suppress(BrokenPipeError):
             self._control.send(json.dumps(answer).encode())
 
@@ -213,7 +257,7 @@ class Zygote:
 
     def _confine(self, request: dict[str, Any], descriptors: list[int], folder: str | None) -> None:
         role, limits = request["role"], request["limits"]
-        payload = json.loads(_read_all(descriptors[0]))
+        data = _read_all(descriptors[0])
         self._offer_to_oom_killer()
         disk, processes = limits["disk_mib"], limits["processes"]
         if role == "judge":
@@ -224,13 +268,26 @@ class Zygote:
             os.chdir(folder or "/")
             if self._place.spare is None:  # the limit counts all that this user runs
                 processes += self._census.tasks_of(os.geteuid())
+        if role in execute.ROLES:
+            limits = limits | {"processes": processes}
+            self._execute(
+                execute.parse(role, data, limits, self._place.toolchains), descriptors[1:], folder
+            )
         kept = _arrange_descriptors(descriptors[1:], as_program=role == "program")
         jail.limit(limits["seconds"], _memory_mib(request), disk, processes)
         os.environ.clear()
         jail.seal(self._place.level, folder, self._place.spare)
         os.close(_COMPLAIN)
         gc.enable()
-        _run_role(role, payload, kept, limits["output_kib"] * 1024)
+        _run_role(role, json.loads(data), kept, limits["output_kib"] * 1024)
+
+    def _execute(self, job: execute.Job, descriptors: list[int], folder: str | None) -> NoReturn:
+        if self._surroundings is not None:
+            shell.own_proc()
+        _arrange_descriptors(descriptors, as_program=True, kept=_REPORT)
+        place = self._place
+        seal = functools.partial(jail.seal, place.level, folder, place.spare, place.readable)
+        execute.serve(job, seal, _REPORT)
 
     def _offer_to_oom_killer(self) -> None:
         """Be the first to go, before the zygote and whatever else the machine runs."""
@@ -265,15 +322,20 @@ def _read_all(descriptor: int) -> bytes:
     return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
 
 
-def _arrange_descriptors(descriptors: list[int], as_program: bool) -> list[int]:
-    """Put `descriptors` at 0.. (program) or 3.. (else, with /dev/null below); close all others."""
+def _arrange_descriptors(
+    descriptors: list[int], as_program: bool, kept: int = _COMPLAIN
+) -> list[int]:
+    """Put `descriptors` at 0.. (program) or 3.. (else, with /dev/null below).
+
+    Closes all others but those from _COMPLAIN to `kept`.
+    """
     null = os.open("/dev/null", os.O_RDWR)
     wanted = descriptors if as_program else [null, null, null, *descriptors]
     high = [os.dup2(d, 100 + i, inheritable=False) for i, d in enumerate(wanted)]
     for target, descriptor in enumerate(high):
         os.dup2(descriptor, target, inheritable=target < 3)
     os.closerange(len(wanted), _COMPLAIN)
-    os.closerange(_COMPLAIN + 1, 1024)
+    os.closerange(kept + 1, 1024)
     return list(range(3, len(wanted)))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rewards.extract import extract_code, python_blocks
+from rewards.extract import blocks_of, extract_code
 
 ONE = "Here:\n```python\nx = 1\n```\nDone."
 TWO = "```python\nx = 1\n```\n```py\ny = 2\n```"
@@ -71,7 +71,7 @@ def test_longer_fences_hold_shorter_ones():
 
 def test_fences_inside_another_languages_block_are_its_text():
     text = "````markdown\n```python\nx = 1\n```\n````\n```python\ny = 2\n```"
-    assert python_blocks(text) == ["y = 2\n"]
+    assert blocks_of(text, "python") == ["y = 2\n"]
 
 
 def test_tildes():
@@ -107,6 +107,6 @@ def test_mixed_line_ends():
 
 
 def test_many_fences_take_linear_time():
-    python_blocks("```python\n" * 20_000 + "x")
-    python_blocks("`" * 200_000 + "\n" + " " * 200_000)
-    assert len(python_blocks("```\nx\n```\n" * 5_000)) == 5_000
+    blocks_of("```python\n" * 20_000 + "x", "python")
+    blocks_of("`" * 200_000 + "\n" + " " * 200_000, "python")
+    assert len(blocks_of("```\nx\n```\n" * 5_000, "python")) == 5_000

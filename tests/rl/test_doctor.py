@@ -14,6 +14,7 @@ from rl.doctor import (
     check_disk,
     check_extras,
     check_gpu,
+    check_languages,
     check_memory,
     check_packages,
     check_python,
@@ -67,6 +68,14 @@ def test_sandbox_and_gpu_say_something_of_this_machine() -> None:
     groups = lines["sandbox control groups"]
     assert (groups.state == "note") is groups.found.startswith("none (")
     assert check_gpu()[0].what.startswith("GPU")
+
+
+def test_languages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    found, missing = check_languages()
+    assert found.found.startswith("python 3.") and "," not in found.found
+    assert missing.state == "note" and "javascript, typescript, bash, c" in missing.found
+    assert "go: install golang-go" in missing.remedy
 
 
 def test_every_failing_line_has_a_remedy() -> None:
