@@ -114,7 +114,7 @@ class Repetition(Builtin):
     program differently does not change its score.
     """
 
-    ngram: int = Field(default=6, ge=1)
+    ngram: int = Field(default=8, ge=1)
     max_penalty: float = Field(default=-1.0, le=0.0, allow_inf_nan=False)
 
     def _value(self, sample: Sample) -> float:

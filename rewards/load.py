@@ -17,9 +17,11 @@ from typing import Any
 from common.errors import UserError
 
 RewardFunction = Callable[..., Any]
+OF_PROBLEM = (
+    "problem_id", "tests", "stdin_tests", "setup", "entry_point", "data_source", "language",
+)  # fmt: skip
 RESERVED = (
-    "prompts", "completions", "programs", "verdicts", "cpu_seconds", "num_tokens", "problem_id",
-    "tests", "stdin_tests", "setup", "entry_point", "data_source", "language",
+    "prompts", "completions", "programs", "verdicts", "cpu_seconds", "num_tokens", *OF_PROBLEM,
 )  # fmt: skip
 """What every reward is given; the columns of the dataset come on top."""
 NEED_TESTS = frozenset({"verdicts", "cpu_seconds"})

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
-from rewards.load import RewardFunction, asks_for_tests
+from rewards.load import OF_PROBLEM, RewardFunction, asks_for_tests
 from rewards.sample import Outcome, Sample
 
 RESERVED_EXTRAS = frozenset({"mean", "seconds"})
@@ -145,15 +145,7 @@ def arguments(samples: Sequence[Sample]) -> dict[str, Any]:
     found: dict[str, Any] = {
         key: [sample.problem.columns.get(key) for sample in samples] for key in sorted(columns)
     }
-    for key in (
-        "problem_id",
-        "tests",
-        "stdin_tests",
-        "setup",
-        "entry_point",
-        "data_source",
-        "language",
-    ):
+    for key in OF_PROBLEM:
         found[key] = [getattr(sample.problem, key) for sample in samples]
     found["prompts"] = [sample.problem.prompt for sample in samples]
     found["completions"] = [sample.rollout.completion.text for sample in samples]

@@ -33,8 +33,11 @@ def _find_ruff():
 RUFF = _find_ruff()  # at import, so that a run without ruff ends before it begins
 
 
-def lint(programs, verdicts, select="E,F,W,B", passing_only=True, **columns):
-    """1 - complaints per line, at least 0.0; 0.0 without a program or with a syntax error."""
+def lint(programs, verdicts, language, select="E,F,W,B", passing_only=True, **columns):
+    """1 - complaints per line, at least 0.0; 0.0 without a program or with a syntax error.
+
+    None for problems in other languages than Python, which ruff does not know.
+    """
     wanted = [
         program if program is not None and (not passing_only or _passed(tests)) else None
         for program, tests in zip(programs, verdicts, strict=True)
@@ -42,7 +45,8 @@ def lint(programs, verdicts, select="E,F,W,B", passing_only=True, **columns):
     texts = list({text for text in wanted if text is not None})
     with ThreadPoolExecutor(THREADS) as threads:
         found = dict(zip(texts, threads.map(lambda text: _rate(text, select), texts), strict=True))
-    return [0.0 if text is None else found[text] for text in wanted]
+    values = [0.0 if text is None else found[text] for text in wanted]
+    return [v if name == "python" else None for v, name in zip(values, language, strict=True)]
 
 
 def _passed(verdicts):

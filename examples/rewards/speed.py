@@ -20,13 +20,13 @@ _REFERENCES = {}  # CPU seconds by problem; this module lives as long as its rew
 
 
 def speed(
-    programs, verdicts, cpu_seconds, problem_id, tests, stdin_tests, setup, entry_point,
+    programs, verdicts, cpu_seconds, problem_id, tests, stdin_tests, setup, entry_point, language,
     solution=None, floor_s=0.05, backend="auto", **columns,
 ):  # fmt: skip
     """yardstick / (yardstick + own): 0.5 is as fast, 0.67 twice as fast, 0.33 half as fast."""
     passed = [bool(row) and set(row) == {"pass"} for row in verdicts]
     own = [max(floor_s, sum(row)) for row in cpu_seconds]
-    problems = list(zip(tests, stdin_tests, setup, entry_point, strict=True))
+    problems = list(zip(tests, stdin_tests, setup, entry_point, language, strict=True))
     solutions = [None] * len(programs) if solution is None else solution
     references = _references(problems, solutions, passed, backend)
     medians = _medians(problem_id, own, passed)
@@ -66,7 +66,7 @@ def _references(problems, solutions, passed, backend):
     return [_REFERENCES.get(key) for key in keys]
 
 
-def _case(name, solution, tests, stdin_tests, setup, entry_point):
+def _case(name, solution, tests, stdin_tests, setup, entry_point, language):
     return Case(
         id=name,
         code=solution,
@@ -74,4 +74,5 @@ def _case(name, solution, tests, stdin_tests, setup, entry_point):
         stdin_tests=tuple(StdinTest(t.stdin, t.stdout) for t in stdin_tests),
         setup=setup,
         entry_point=entry_point,
+        language=language,
     )

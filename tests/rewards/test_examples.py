@@ -74,6 +74,14 @@ def test_lint_rewards_only_what_passes_unless_asked(ask):
     assert ask("lint", [CLEAN], verdicts=("fail",), passing_only=False)[0].value == 1.0
 
 
+def test_lint_does_not_apply_to_other_languages(sample, result):
+    function = load_function(f"{EXAMPLES}/lint.py:lint")
+    java = sample(code="class A {}", problem=Problem("j", "", language="java"))
+    python = sample(code=CLEAN, result=result("pass"))
+    outcomes = Plugin("lint", function, 60.0, {})([java, python])
+    assert [outcome.value for outcome in outcomes] == [None, 1.0]
+
+
 def test_lint_with_rules_that_are_none_is_an_error(sample, result):
     function = load_function(f"{EXAMPLES}/lint.py:lint")
     outcome = Plugin("lint", function, 60.0, {"select": "NOPE"})(

@@ -48,6 +48,7 @@ def test_every_column(sample, result):
     assert found["cpu_seconds"] == [[0.5, 0.5], []]
     assert (found["problem_id"], found["setup"]) == (["q", "p"], ["s", ""])
     assert (found["data_source"], found["stdin_tests"]) == (["d", ""], [(), ()])
+    assert found["language"] == ["python", "python"]
 
 
 def test_async_none_and_extras(call):

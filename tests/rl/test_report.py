@@ -304,6 +304,15 @@ def test_nothing_to_draw_is_none() -> None:
     assert all(block.plot is None for block in figures([]))
 
 
+def test_only_shares_are_stacked_as_verdicts() -> None:
+    """The sandbox's counts and seconds bear the same prefix."""
+    values = {"sandbox/fail": 0.25, "sandbox/pass": 0.75, "sandbox/programs": 38.0}
+    records = [{"stage": "rl", "step": 1, **values, "sandbox/seconds": 0.4}]
+    (block,) = [block for block in figures(records) if block.section == "Sandbox"]
+    assert block.plot is not None
+    assert [name for name, _ in block.plot.keys] == ["pass", "fail"]
+
+
 def test_one_step_can_be_drawn() -> None:
     assert curves([Line("one", {1: 1.0}, smooth=True)], "x") is not None
     assert stacked({"one": {1: 2.0}}, "x") is not None

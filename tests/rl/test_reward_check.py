@@ -1,6 +1,7 @@
 """`unmask reward check`: what it reads, what it finds, what it prints, how it ends."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from rewards.builtin import BUILTIN
 from rewards.compose import RewardConfig, Rewarder, RewardSection
+from rewards.load import RESERVED
 from rl.cli import app
 from rl.reward_check import examine
 from rl.reward_samples import count_words, embedded_samples, read_samples
+from sandbox.records import VERDICTS
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = "```python\ndef f(x):\n    return x + 1\n```"
@@ -254,6 +258,37 @@ def test_the_examples(name: str) -> None:
     good, wrong = values["embedded/sft/0000 good"], values["embedded/sft/0000 wrong"]
     assert good is not None and good > 0
     assert wrong == (0.0 if name == "lint" else None)
+
+
+def rows_of(output: str) -> list[list[str]]:
+    """Sample and value of every line of the upper table."""
+    cells = [line.split("│")[1:3] for line in output.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in row] for row in cells if row[0].strip()[-1] in "0123456789"
+            or row[0].strip().startswith("embedded")]  # fmt: skip
+
+
+def test_the_walk_through_in_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = (ROOT / "docs" / "REWARDS.md").read_text().split("\n```")
+    program = next(block for block in blocks if "# my_rewards.py" in block)
+    (tmp_path / "my_rewards.py").write_text(program.removeprefix("python"))
+    sample = next(block for block in blocks if "$ cat sample.jsonl" in block)
+    lines = [line for line in sample.splitlines() if line.startswith("{")]
+    (tmp_path / "sample.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        for command in re.findall(r"^\$ unmask reward check ([^\n]*)", block, re.MULTILINE):
+            if "my.yaml" in command:  # needs a model
+                continue
+            code, out, _ = invoke(*command.split())
+            assert code == 0 and rows_of(out) == rows_of(block) != [], command
+
+
+def test_the_docs_name_every_reward_option_and_column() -> None:
+    text = (ROOT / "docs" / "REWARDS.md").read_text()
+    options = {option for kind in BUILTIN.values() for option in kind.model_fields}
+    for name in {*BUILTIN, *options, *RESERVED, *VERDICTS}:
+        assert f"`{name}`" in text, name
 
 
 def bad_row(row: Any) -> Callable[[Path], list[object]]:
