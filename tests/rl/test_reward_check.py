@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from rewards.builtin import BUILTIN
@@ -236,7 +237,10 @@ def test_no_tests_is_an_error_of_code_that_names_the_problem(tmp_path: Path) -> 
 
 def test_all_rewards_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    config = "configs/rl/tiny_cpu.yaml"
+    settings = yaml.safe_load((ROOT / "configs/rl/tiny_cpu.yaml").read_text())
+    settings["model"]["path"] = str(tmp_path / "none")  # not what a demo may have left in runs/
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
     code, record = as_json("--config", config)
     assert code == 0 and list(record["rewards"]) == ["code", "code_format"]
     assert record["samples"][0]["total"] == 2.5
