@@ -295,10 +295,11 @@ class Peer:
             return ["pull", self._keep(value.__next__)]
         if plain and callable(value):
             return ["function", self._keep(value)]
-        # A class or an exception of the candidate's choice may be what cannot cross.
+        # A class or an exception of the candidate's choice may be what cannot cross. That is no
+        # infra_error: a program must not be able to have its sample dropped instead of failed.
         of_theirs = isinstance(value, Exception) and "from_candidate" in value.__dict__
         forced = self._gave_class or of_theirs
-        verdict = "infra_error" if forced else "uncarriable"
+        verdict = "fail" if forced else "uncarriable"
         self.uncarriable = Uncarriable(f"the test passes a {type(value).__name__}", verdict)
         raise self.uncarriable
 

@@ -165,7 +165,7 @@ def test_setup_classes_are_the_programs_own(sandbox):
         (
             "def f(x):\n    try: x()\n    except TypeError: return object\n",
             MINE + "g = f(3)\nassert f(g()) == 42",
-            "infra_error",
+            "fail",
         ),
         (
             "def f(x):\n    for _ in range(140): x = [x]\n    return x",
