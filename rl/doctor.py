@@ -52,6 +52,7 @@ def examine(folder: Path = Path()) -> list[Line]:
         lambda: check_disk(folder),
         check_shm,
         check_sandbox,
+        check_docker,
         check_packages,
         check_gpu,
         check_extras,
@@ -126,6 +127,17 @@ def check_sandbox() -> list[Line]:
     if found.level in ("none", "unsafe"):
         return [Line("sandbox", text, "fail", remedy)]
     return [Line("sandbox", text, "ok" if found.level == "namespace" else "note")]
+
+
+def check_docker(summary: Callable[[], str] | None = None) -> list[Line]:
+    """The Docker engine, for those who want `backend: docker`; a note where there is none."""
+    from sandbox.docker import engine_summary
+    from sandbox.records import SandboxError
+
+    try:
+        return [Line("Docker", (summary or engine_summary)())]
+    except SandboxError as error:
+        return [Line("Docker", "none", "note", f"not needed for `make demo`; {error}")]
 
 
 def check_packages(version: Callable[[str], str] = importlib.metadata.version) -> list[Line]:

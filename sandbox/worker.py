@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from sandbox.process import Ended, ZygoteError, ZygoteProcess
+from sandbox.process import Ended, Launcher, LocalLauncher, ZygoteError, ZygoteProcess
 from sandbox.records import Case, Limits, Result, StdinTest, TestResult, Verdict
 
 _PIPE_BYTES = 1 << 20
@@ -29,10 +29,14 @@ class InvalidTest(Exception):
 
 
 class Worker:
-    """Judges cases one after the other. Not thread-safe. `close` it, or nothing else will."""
+    """Judges cases one after the other. Not thread-safe. `close` it, or nothing else will.
 
-    def __init__(self, level: str) -> None:
+    level: what results call their `backend`. launcher: where its zygotes live; None is here.
+    """
+
+    def __init__(self, level: str, launcher: Launcher | None = None) -> None:
         self._level = level
+        self._launcher = LocalLauncher(level) if launcher is None else launcher
         self._zygotes: dict[str, ZygoteProcess] = {}
 
     def close(self) -> None:
@@ -44,7 +48,7 @@ class Worker:
     def run(self, case: Case) -> Result:
         """Judge one case; never raises for what a candidate does."""
         start = time.monotonic()
-        reason = case.problem()
+        reason = case.problem() or self._launcher.problem(case.limits)
         if reason is not None:
             return Result(id=case.id, status="invalid_case", message=reason, backend=self._level)
         try:
@@ -53,6 +57,8 @@ class Worker:
             return Result(
                 id=case.id, status="invalid_case", message=str(error), backend=self._level
             )
+        finally:
+            self._replace_worn()
         failed = any(test.verdict == "infra_error" for test in tests)
         return Result(
             id=case.id,
@@ -90,8 +96,13 @@ class Worker:
 
     def _zygote(self, role: str) -> ZygoteProcess:
         if role not in self._zygotes:
-            self._zygotes[role] = ZygoteProcess(self._level)
+            self._zygotes[role] = ZygoteProcess(self._launcher, role)
         return self._zygotes[role]
+
+    def _replace_worn(self) -> None:
+        for role in list(self._zygotes):
+            if self._launcher.worn(role, self._zygotes[role].jobs):
+                self._zygotes.pop(role).close()
 
     def _assert(self, judge: "Judge", code: int, index: int) -> TestResult:
         candidate = self._zygote("candidate")

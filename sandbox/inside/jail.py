@@ -2,7 +2,9 @@
 
 Levels, strongest first: `namespace` (own user, pid, mount, ipc and uts namespaces inside the
 shell), `landlock` (files by Landlock, signals by seccomp, for containers that forbid namespaces),
-`unsafe` (limits and another uid only). seccomp and no_new_privs wherever the machine has them.
+`container` (signals by seccomp, files by the container around it: only where `container` is the
+first process), `unsafe` (limits and another uid only). seccomp and no_new_privs wherever the
+machine has them.
 """
 
 import os
@@ -42,6 +44,16 @@ def limit(seconds: float, memory_mib: int, disk_mib: int, processes: int | None)
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
+
+
+def volunteer_for_the_oom_killer() -> None:
+    """Be the first to be killed where memory runs out, before the zygote and other tests."""
+    # /proc/self belongs to root while the process is not dumpable. The flag is our own: no fork
+    # shares memory, and a candidate may not trace others anyway.
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+    with open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
 
 
 def seal(level: str, folder: str | None) -> None:

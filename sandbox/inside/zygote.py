@@ -15,7 +15,6 @@ import importlib
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -23,7 +22,7 @@ import tempfile
 import traceback
 from typing import Any, NoReturn
 
-from sandbox.inside import candidate, jail, judge, shell, syscalls
+from sandbox.inside import candidate, cleanup, jail, judge, shell, syscalls
 
 _PRELOADED = (
     "abc array bisect cmath collections collections.abc contextlib copy dataclasses datetime "
@@ -35,7 +34,11 @@ _COMPLAIN = 250  # where a child tells its zygote that it could not be confined;
 
 
 def main(options: dict[str, Any]) -> NoReturn:
-    """Serve the worker at the other end of descriptor options["control"]."""
+    """Serve the worker at the other end of descriptor options["control"].
+
+    options["folder"]: where tests write, at the levels without a folder of their own. Nobody
+    else's: it is emptied after each test.
+    """
     control = socket.socket(fileno=options["control"])
     os.set_inheritable(control.fileno(), False)
     for name in _PRELOADED.split():
@@ -93,8 +96,8 @@ class Zygote:
             os.close(descriptor)
         status, cpu = self._wait(child)
         self._end_descendants()
-        if folder is not None:
-            _remove(folder)
+        if self._surroundings is None:
+            cleanup.empty(self._folder)
         answer = {"status": status, "cpu": cpu, "refused": os.read(complaints, 2000).decode()}
         os.close(complaints)
         with contextlib.suppress(BrokenPipeError):
@@ -173,6 +176,7 @@ class Zygote:
             if self._surroundings is not None:
                 jail.enter_namespaces(self._surroundings, disk)
             elif folder is not None:
+                jail.volunteer_for_the_oom_killer()
                 os.chdir(folder)
         kept = _arrange_descriptors(descriptors[1:], as_program=role == "program")
         jail.limit(limits["seconds"], memory, disk, processes)
@@ -218,12 +222,3 @@ def _kill_children() -> bool:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     return bool(children)
-
-
-def _remove(folder: str) -> None:
-    def force(_function: object, path: str, _error: object) -> None:
-        with contextlib.suppress(OSError):
-            os.chmod(os.path.dirname(path), 0o700)
-            os.unlink(path)
-
-    shutil.rmtree(folder, onerror=force)
