@@ -171,13 +171,13 @@ class Engine:
             _LOG.warning("container %s may be left: %s", name[:12], error)
 
     def _remove(self, name: str) -> None:
-        try:
-            self._client.remove_container(name, force=True, v=True)
-        except self._docker.errors.NotFound:
-            return
-        except self._docker.errors.APIError as error:
-            if error.status_code != 409:  # it is being removed
-                raise
+        with contextlib.suppress(self._docker.errors.NotFound):
+            try:
+                self._client.remove_container(name, force=True, v=True)
+            except self._docker.errors.APIError as error:
+                if error.status_code != 409:
+                    raise
+                self._client.wait(name, condition="removed")  # it went by itself, and is going
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

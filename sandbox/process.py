@@ -20,6 +20,7 @@ from sandbox.records import Limits
 
 _START_SECONDS = 30.0
 _ANSWER_SECONDS = 10.0
+_WHY_SECONDS = 0.5
 _ROOT = Path(__file__).resolve().parent.parent
 # -I -S -E: no environment, no site-packages, no user code; the checkout is visible to our own
 # imports only.
@@ -114,8 +115,11 @@ class LocalHome:
             theirs.close()
 
     def why(self) -> str:
-        """See `Home`."""
-        return ""
+        """See `Home`: the status it exited with, or the signal that ended it (negative)."""
+        try:
+            return f"status {self.process.wait(_WHY_SECONDS)}"
+        except subprocess.TimeoutExpired:
+            return ""
 
     def stop(self) -> None:
         """See `Home`."""
@@ -189,7 +193,7 @@ class ZygoteProcess:
         except (ValueError, RecursionError):
             answer = reason = "the zygote's answer makes no sense"
         if not isinstance(answer, dict):
-            why = self.home.why()
+            why = "" if reason.startswith("no answer") else self.home.why()
             self.close()
             raise ZygoteError(f"zygote: {reason}{': ' if why else ''}{why}")
         return answer

@@ -12,6 +12,7 @@ from rl.doctor import (
     EXTRAS,
     Line,
     check_disk,
+    check_docker,
     check_extras,
     check_gpu,
     check_memory,
@@ -22,6 +23,7 @@ from rl.doctor import (
     examine,
     show,
 )
+from sandbox.records import SandboxError
 
 
 def absent(name: str) -> str:
@@ -63,6 +65,16 @@ def test_disk_is_measured_where_runs_go(tmp_path: Path) -> None:
 def test_sandbox_and_gpu_say_something_of_this_machine() -> None:
     assert check_sandbox()[0].found
     assert check_gpu()[0].what.startswith("GPU")
+
+
+def test_a_docker_engine_is_shown_and_its_absence_is_no_fault() -> None:
+    def none() -> str:
+        raise SandboxError("no engine answers at unix:///nowhere")
+
+    assert check_docker(lambda: "engine 20.10")[0] == Line("Docker", "engine 20.10")
+    (line,) = check_docker(none)
+    assert line.state == "note"
+    assert "unix:///nowhere" in line.remedy
 
 
 def test_every_failing_line_has_a_remedy() -> None:

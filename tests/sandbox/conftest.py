@@ -4,6 +4,7 @@ The engine is a dockerd of our own: private socket, private data, no network. It
 smallest, made once by debootstrap and kept in the user's cache folder.
 """
 
+import contextlib
 import os
 import platform
 import shutil
@@ -36,22 +37,23 @@ class Dockerd:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        """Raises RuntimeError if it does not answer in time."""
+        command = [
+            "dockerd", "--host", self.host,
+            "--data-root", self.folder / "data", "--exec-root", self.folder / "exec",
+            "--pidfile", self.folder / "pid", "--exec-opt", "native.cgroupdriver=cgroupfs",
+            "--iptables=false", "--ip6tables=false", "--bridge=none",
+            "--cgroup-parent", f"/{self.folder.name}",
+        ]  # fmt: skip
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen(
-                [
-                    "dockerd", "--host", self.host,
-                    "--data-root", self.folder / "data", "--exec-root", self.folder / "exec",
-                    "--pidfile", self.folder / "pid", "--exec-opt", "native.cgroupdriver=cgroupfs",
-                    "--iptables=false", "--ip6tables=false", "--bridge=none",
-                ],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
         deadline = time.monotonic() + _START_SECONDS
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 last = (self.folder / "log").read_text(errors="replace").splitlines()[-1:]
-                self.stop()
-                pytest.skip(f"dockerd does not start here: {' '.join(last)}")
+                raise RuntimeError(f"dockerd does not start here: {' '.join(last)}")
             time.sleep(0.1)
 
     def _answers(self) -> bool:
@@ -64,26 +66,48 @@ class Dockerd:
         return True
 
     def kill(self) -> None:
-        """Gone at once, as in a crash; containerd and the containers with it."""
+        """Gone at once, as in a crash, and containerd with it."""
         assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.wait()
+        self._end_below("containerd")
 
     def stop(self) -> None:
-        if self._process is not None and self._process.poll() is None:
+        """Gone, with everything that it started or mounted."""
+        if self._process is not None:
             self._process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        _unmount_below(self.folder)
+            self.kill()
+            self._end_below("")
+        points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+        for point in sorted((p for p in points if p.startswith(f"{self.folder}/")), reverse=True):
+            subprocess.run(["umount", "--lazy", point], timeout=30)
+        for group in Path("/sys/fs/cgroup").glob(f"**/{self.folder.name}"):
+            with contextlib.suppress(FileNotFoundError):  # by another name, already
+                group.rmdir()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _end_below(self, name: str) -> None:
+        """Kill what was started with a path in our folder, and wait until it is gone."""
+        deadline = time.monotonic() + _STOP_SECONDS
+        while time.monotonic() < deadline and (found := self._below(name)):
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+        if name:
+            (self.folder / "exec" / "containerd" / "containerd.pid").unlink(missing_ok=True)
 
-def _unmount_below(folder: Path) -> None:
-    points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    for point in sorted((p for p in points if p.startswith(f"{folder}/")), reverse=True):
-        subprocess.run(["umount", "--lazy", point], timeout=30)
+    def _below(self, name: str) -> list[int]:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                inside = any(word.startswith(bytes(self.folder)) for word in words)
+                if inside and (not name or Path(words[0].decode()).name == name):
+                    found.append(int(folder.name))
+        return found
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +116,10 @@ def dockerd() -> Iterator[Dockerd]:
     rootfs = _root_file_system()
     daemon = Dockerd()
     try:
-        daemon.start()
+        try:
+            daemon.start()
+        except RuntimeError as error:
+            pytest.skip(str(error))
         _import(daemon.host, rootfs)
         yield daemon
     finally:

@@ -234,13 +234,14 @@ def f(x):
 """
     limits = Limits(seconds=4.0, memory_mib=200, processes=16)
     case = dataclasses.replace(GOOD, code=code, limits=limits)
+    honest = dataclasses.replace(GOOD, limits=dataclasses.replace(LIMITS, memory_mib=200))
     with Sandbox("docker", workers=1, docker=options) as sandbox:
-        sandbox.run([GOOD])
+        assert sandbox.run([honest])[0].passed == 1
         before = containers(sandbox)
         result = sandbox.run([case])[0]
         assert result.status == "ran" and result.passed == 0
         assert containers(sandbox) == before
-        assert sandbox.run([GOOD])[0].passed == 1
+        assert sandbox.run([honest])[0].passed == 1
 
 
 @pytest.mark.docker
