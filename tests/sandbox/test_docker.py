@@ -123,6 +123,43 @@ def test_a_timeout_costs_its_test_and_no_container(docker_options):
         assert containers(sandbox)["candidate"] == before
 
 
+LITTER = """
+import os
+def f(x):
+    seen = []
+    for folder in ('/tmp', '/dev/shm', '/dev/mqueue'):
+        try:
+            seen += [name for name in os.listdir(folder) if name != os.path.basename(os.getcwd())]
+        except OSError:
+            pass
+    with open('half', 'wb') as file:
+        file.write(b'x' * (40 << 20))
+    os.makedirs('a/b/c')
+    os.rename('half', 'a/b/c/half')
+    os.chmod('a/b', 0)
+    os.chmod('a', 0)
+    for folder in ('/tmp', '/dev/shm', '/dev/mqueue', '/', '/dev', '/var/tmp', '/run'):
+        try:
+            os.close(os.open(folder + '/left', os.O_CREAT | os.O_WRONLY))
+        except OSError:
+            pass
+    return seen
+"""
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("level", [None, "container"])
+def test_a_test_leaves_nothing_in_its_container(docker_options, level):
+    """Neither files nor, in the 64 MiB there are, less room than it found."""
+    options = dataclasses.replace(docker_options, level=level)
+    limits = dataclasses.replace(LIMITS, disk_mib=64)
+    case = dataclasses.replace(GOOD, code=LITTER, tests=("assert f(1) == []",) * 3, limits=limits)
+    with Sandbox("docker", workers=1, docker=options) as sandbox:
+        result = sandbox.run([case])[0]
+        assert [test.verdict for test in result.tests] == ["pass"] * 3, result
+        assert sandbox._workers[0]._zygotes["candidate"].jobs == 3  # one container
+
+
 @pytest.mark.docker
 @pytest.mark.parametrize("role", ["judge", "candidate"])
 def test_a_killed_container_is_replaced_in_the_middle_of_a_test(engine, docker_options, role):
