@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import socket
+import tempfile
 from collections.abc import Callable
 
 from sandbox.inside import jail
@@ -32,6 +33,8 @@ def facts(writable: str) -> list[str]:
     if not os.statvfs("/").f_flag & os.ST_RDONLY:
         broken.append("its root is not read-only")
     places = [place for place in _writable_places() if place != writable]
+    if not os.access(writable, os.W_OK):
+        broken.append(f"{writable} cannot be written to")
     if places:
         broken.append(f"{places[0]} can be written to (a VOLUME of the image?)")
     if any(_has_route(family, address) for family, address in _SOMEWHERE):
@@ -123,12 +126,10 @@ def _multiply(count: int) -> None:
 
 
 def _fill(folder: str, mib: int) -> bool:
-    path = os.path.join(folder, "filled")
+    """Whether a file of `mib` fits."""
     block = bytes(_MIB)
     try:
-        with open(path, "wb", buffering=0) as file:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             return all(file.write(block) == _MIB for _ in range(mib))
     except OSError:
         return False
-    finally:
-        os.unlink(path)

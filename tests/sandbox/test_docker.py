@@ -296,6 +296,47 @@ def test_what_the_engine_lacks_is_one_line(docker_options, change, text):
 
 
 @pytest.mark.docker
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("mem_limit", None, "more than 64 MiB of memory"),
+        ("pids_limit", None, "more than 32 processes"),
+        ("read_only", False, "not read-only"),
+        ("network_mode", "host", "has a network"),
+        ("tmpfs", {"/tmp": "mode=1777"}, "/tmp holds more than"),
+        ("tmpfs", {"/tmp": "size=4m", "/var/tmp": "size=4m"}, "/var/tmp can be written to"),
+        ("tmpfs", {"/tmp": "size=4m,ro"}, "/tmp cannot be written to"),
+    ],
+)
+def test_an_engine_that_breaks_its_promises_is_refused(
+    docker_options, monkeypatch, option, value, text
+):
+    import docker
+
+    make = docker.APIClient.create_host_config
+
+    def careless(client, **options):
+        options[option] = value
+        if option == "mem_limit":
+            del options["memswap_limit"]
+        return make(client, **options)
+
+    monkeypatch.setattr(docker.APIClient, "create_host_config", careless)
+    with pytest.raises(SandboxError, match=text) as caught:
+        Sandbox("docker", workers=1, docker=docker_options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.docker
+def test_slow_storage_is_warned_about_once(engine, docker_options, monkeypatch, caplog):
+    info = {**engine._client.info(), "Driver": "vfs"}
+    monkeypatch.setattr(engine._client, "info", lambda: info)
+    for _ in range(2):
+        engine.check(docker_options.image, None)
+    assert [r.levelname for r in caplog.records if "vfs" in r.message] == ["WARNING"]
+
+
+@pytest.mark.docker
 def test_an_image_without_python_is_one_line(dockerd, docker_options, tmp_path):
     import docker
 
