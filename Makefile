@@ -48,8 +48,8 @@ check: setup ## lint, format, types, layers
 format: setup ## mend what ruff can mend
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
 
-bench: setup ## every benchmarks/bench_*.py, one table each
-	@shopt -s nullglob; for file in benchmarks/bench_*.py; do $(BIN)/python "$$file"; done
+bench: setup ## every benchmarks/*.py, one table each
+	@shopt -s nullglob; for file in benchmarks/*.py; do $(BIN)/python "$$file"; done
 
 clean: ## caches and build leftovers; keeps .venv and runs/
 	@rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

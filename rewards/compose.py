@@ -265,6 +265,7 @@ def _sandbox_metrics(
         "sandbox/shared": float(run - len(results)),
         "sandbox/tests": float(len(tests)),
         "sandbox/timeouts": float(sum(test.verdict == "timeout" for test in tests)),
+        "sandbox/weak_share": sum(test.weak for test in tests) / len(tests) if tests else 0.0,
         "sandbox/infra_errors": float(sum(r.status != "ran" for r in results)),
         "sandbox/seconds": seconds,
     }

@@ -12,11 +12,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from sandbox.probe import Capabilities
 
 GIB = 1024**3
 MIN_PYTHON = (3, 11)
@@ -124,9 +127,40 @@ def check_sandbox() -> list[Line]:
         "permit unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1), use a "
         "kernel with Landlock, or accept plain limits with allow_unsafe"
     )
+    state: State = "ok" if found.level == "namespace" else "note"
     if found.level in ("none", "unsafe"):
-        return [Line("sandbox", text, "fail", remedy)]
-    return [Line("sandbox", text, "ok" if found.level == "namespace" else "note")]
+        state = "fail"
+    return [
+        Line("sandbox", text, state, remedy if state == "fail" else ""),
+        *check_sandbox_parts(found),
+    ]
+
+
+def check_sandbox_parts(found: "Capabilities") -> list[Line]:
+    """What the level is made of, and what bounds all processes of a program together."""
+    from sandbox.cgroup import availability
+    from sandbox.probe import LEVELS
+
+    refused = dict(found.refused)
+    ladder = [f"{level}: {'no' if level in refused else 'yes'}" for level in LEVELS]
+    ladder = ladder[: len(refused) + 1]  # below the level found nothing was tried
+    parts = [
+        f"Landlock {found.landlock_abi or 'none'}",
+        f"seccomp {'yes' if found.seccomp else 'no'}",
+        "as root" if found.as_root else "as an ordinary user",
+    ]
+    groups = availability()
+    return [
+        Line("sandbox ladder", ", ".join(ladder + parts)),
+        Line(
+            "sandbox control groups",
+            groups,
+            "note" if groups.startswith("none") else "ok",
+            "memory of all processes is then looked at ten times a second"
+            if groups.startswith("none")
+            else "",
+        ),
+    ]
 
 
 def check_docker(summary: Callable[[], str] | None = None) -> list[Line]:

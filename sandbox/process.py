@@ -4,9 +4,9 @@ Where the zygote lives is its launcher's affair: a process of this machine (here
 container (`sandbox.docker`).
 """
 
+import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,11 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from sandbox import cgroup
+from sandbox.inside import folders
+from sandbox.inside.jail import JUDGE_MEMORY_MIB
 from sandbox.records import Limits
 
 _START_SECONDS = 30.0
 _ANSWER_SECONDS = 10.0
 _WHY_SECONDS = 0.5
+_EXCESSES = ("", "memory", "files")
 _ROOT = Path(__file__).resolve().parent.parent
 # -I -S -E: no environment, no site-packages, no user code; the checkout is visible to our own
 # imports only.
@@ -38,6 +42,9 @@ class Home(Protocol):
     """Where one zygote lives. `control` is the worker's end of its control socket."""
 
     control: socket.socket
+
+    def limit(self, role: str, limits: dict[str, Any]) -> None:
+        """Bound what the next process and all it starts may take together. Raises OSError."""
 
     def why(self) -> str:
         """What is known of why the zygote ended; may be nothing."""
@@ -61,10 +68,15 @@ class Launcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a process ended: a wait status, CPU seconds of it and its reaped children."""
+    """How a process ended: a wait status, CPU seconds of it and its reaped children.
+
+    excess: `memory` or `files` if it was ended, or a part of it was, because all its processes
+    together had too much of that; else empty.
+    """
 
     status: int
     cpu: float
+    excess: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,32 +99,51 @@ class LocalLauncher:
 
 
 class LocalHome:
-    """A zygote's process and its folder. Raises ZygoteError."""
+    """A zygote's process, its folder and its control group. Raises ZygoteError."""
 
     def __init__(self, level: str) -> None:
-        self._folder = tempfile.mkdtemp(prefix="unmask-sandbox-")
-        os.chmod(self._folder, 0o711)  # the landlock level runs as another user when we are root
+        self.folder = tempfile.mkdtemp(prefix="unmask-sandbox-")
+        os.chmod(self.folder, 0o711)  # the landlock level runs as another user when we are root
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        options = {"control": theirs.fileno(), "level": level, "folder": self._folder}
-        python = getattr(sys, "_base_executable", None) or sys.executable
-        command = [python, "-I", "-S", "-E", "-B", "-c", _BOOT, str(_ROOT), json.dumps(options)]
+        self.group = cgroup.make()
+        events = None if self.group is None else self.group.open_events()
         try:
-            self.process = subprocess.Popen(
-                command,
-                env={},
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for the worker, which then closes us
-            )
+            self.process = self._spawn(level, theirs.fileno(), events)
         except OSError as error:
             self.control.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise ZygoteError(f"cannot start {python}: {error}") from None
+            self._clean_up()
+            raise ZygoteError(f"cannot start {sys.executable}: {error}") from None
         finally:
             theirs.close()
+            if events is not None:
+                os.close(events)
+        if self.group is not None:
+            with contextlib.suppress(OSError):  # then the zygote's own watch has to do
+                self.group.add(self.process.pid)
+            with contextlib.suppress(OSError):  # it ended: no greeting comes, which says so
+                self.control.send(b"go")
+
+    def _spawn(self, level: str, control: int, events: int | None) -> subprocess.Popen[bytes]:
+        options = {"control": control, "level": level, "folder": self.folder}
+        if events is not None:
+            options["events"] = events
+        python = getattr(sys, "_base_executable", None) or sys.executable
+        return subprocess.Popen(
+            [python, "-I", "-S", "-E", "-B", "-c", _BOOT, str(_ROOT), json.dumps(options)],
+            env={},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[control] if events is None else [control, events],
+            start_new_session=True,  # Ctrl-C is for the worker, which then closes us
+        )
+
+    def limit(self, role: str, limits: dict[str, Any]) -> None:
+        """See `Home`."""
+        if self.group is not None:
+            memory = JUDGE_MEMORY_MIB if role == "judge" else limits["memory_mib"]
+            self.group.limit(memory + limits["disk_mib"], limits["processes"])
 
     def why(self) -> str:
         """See `Home`: the status it exited with, or the signal that ended it (negative)."""
@@ -129,7 +160,12 @@ class LocalHome:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        if self.group is not None:
+            self.group.remove()
+        folders.remove(self.folder)
 
 
 class ZygoteProcess:
@@ -152,6 +188,7 @@ class ZygoteProcess:
         self.jobs += 1
         request = {"op": "run", "role": role, "limits": limits}
         try:
+            self.home.limit(role, limits)
             socket.send_fds(self.control, [json.dumps(request).encode()], list(descriptors))
         except OSError as error:
             self.close()
@@ -171,13 +208,18 @@ class ZygoteProcess:
         Raises ZygoteError after `seconds`, or if the child could not be confined and ran nothing.
         """
         answer = self._receive(seconds)
-        status, cpu = answer.get("status"), answer.get("cpu")
-        if not isinstance(status, int) or not isinstance(cpu, float) or not _is_end(status):
+        status, cpu, excess = answer.get("status"), answer.get("cpu"), str(answer.get("excess"))
+        if (
+            not isinstance(status, int)
+            or not isinstance(cpu, float)
+            or excess not in _EXCESSES
+            or not _is_end(status)
+        ):
             self.close()
             raise ZygoteError("the zygote's answer makes no sense")
         if answer.get("refused"):
             raise ZygoteError(f"a process could not be confined: {str(answer['refused']).strip()}")
-        return Ended(status, cpu)
+        return Ended(status, cpu, excess)
 
     def _receive(self, seconds: float) -> dict[str, Any]:
         self.control.settimeout(seconds)

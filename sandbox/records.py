@@ -36,7 +36,11 @@ class InvalidCase(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one test may use. Wall-clock seconds; the rest per process, disk per test.
+    """What one test may use: wall-clock seconds, memory, processes, output, files.
+
+    memory_mib bounds the address space of each process and the memory of all together. Where no
+    control groups can be had, the sum is looked at ten times a second, not held every moment.
+    disk_mib and output_kib are for the whole test.
 
     Raises:
         InvalidCase: a limit that is no number or out of its range.
@@ -97,13 +101,27 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class TestResult:
-    """One test's verdict; `seconds` is wall clock, `message` at most a few hundred characters."""
+    """One test's verdict; `message` has at most a few hundred characters.
+
+    seconds: wall clock. cpu_seconds: of the candidate's process and what it waited for, with the
+    loading of the program. weak: test and program shared a process, because the test passes what
+    cannot cross between two; a control had to fail, but the program could see what was expected.
+    """
 
     __test__ = False  # the name is the contract's; pytest must not collect it
 
     verdict: Verdict
     seconds: float
     message: str = ""
+    cpu_seconds: float = 0.0
+    weak: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The record of the contract; `weak` only where it is true."""
+        record = asdict(self)
+        if not self.weak:
+            del record["weak"]
+        return record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +150,11 @@ class Result:
         """passed / total; 0.0 for a case that was not run (look at `status` first)."""
         return self.passed / self.total if self.tests else 0.0
 
+    @property
+    def weak_share(self) -> float:
+        """Share of the tests that were judged in one process with the program; 0.0 without any."""
+        return sum(test.weak for test in self.tests) / self.total if self.tests else 0.0
+
     def to_json(self) -> dict[str, Any]:
         """The record of the contract; `message` only when there is one."""
         record: dict[str, Any] = {
@@ -140,7 +163,7 @@ class Result:
             "passed": self.passed,
             "total": self.total,
             "pass_rate": self.pass_rate,
-            "tests": [asdict(test) for test in self.tests],
+            "tests": [test.to_json() for test in self.tests],
             "seconds": self.seconds,
             "backend": self.backend,
         }

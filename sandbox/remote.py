@@ -87,6 +87,9 @@ class BridgedHome:
         except (BridgeError, OSError) as error:
             self._why = str(error)
 
+    def limit(self, role: str, limits: dict[str, Any]) -> None:
+        """What bounds the sum is set around the far end, once and for all."""
+
     def why(self) -> str:
         """What ended the bridge, if anything unusual."""
         self._thread.join(_STOP_SECONDS)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 from sandbox.docker import DockerLauncher, DockerOptions
+from sandbox.parsing import BATCH
 from sandbox.probe import choose_level
 from sandbox.records import Case, Result
 from sandbox.worker import Worker
@@ -68,6 +69,25 @@ class Sandbox:
                 on_result(result)
             results.append(result)
         return results
+
+    def parses(self, texts: Sequence[str]) -> list[bool]:
+        """Whether each text is syntactically Python (3, this interpreter's), in the same order.
+
+        Parsed in confined processes, many texts in each. Texts that are too long (32 768
+        characters), or that end the parser's process, are False and cost the others nothing.
+
+        Raises:
+            SandboxError: the sandbox itself failed, also at a second try.
+        """
+        batches = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
+        return [answer for answers in self._threads.map(self._parse, batches) for answer in answers]
+
+    def _parse(self, texts: Sequence[str]) -> list[bool]:
+        worker = self._idle.get()
+        try:
+            return worker.parses(texts)
+        finally:
+            self._idle.put(worker)
 
     def _run_one(self, case: Case) -> Result:
         worker = self._idle.get()

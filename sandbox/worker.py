@@ -8,20 +8,24 @@ import contextlib
 import json
 import os
 import select
-import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sandbox.endings import how_it_ended
+from sandbox.parsing import parse_texts
+from sandbox.payload import memory_file, payload
 from sandbox.process import Ended, Launcher, LocalLauncher, ZygoteError, ZygoteProcess
-from sandbox.records import Case, Limits, Result, StdinTest, TestResult, Verdict
+from sandbox.records import Case, Limits, Result, SandboxError, StdinTest, TestResult, Verdict
+from sandbox.weak import Plan, judge_weakly
 
 _PIPE_BYTES = 1 << 20
 _REPORT_BYTES = 1 << 16
 _STDERR_KEPT = 2000
 _TRIES = 2
+_GONE = -1
 
 
 class InvalidTest(Exception):
@@ -68,6 +72,18 @@ class Worker:
             backend=self._level,
         )
 
+    def parses(self, texts: Sequence[str]) -> list[bool]:
+        """Whether each text is Python. Raises SandboxError if the sandbox itself failed, twice."""
+        for _ in range(_TRIES):
+            try:
+                return parse_texts(lambda: self._zygote("candidate"), texts)
+            except (ZygoteError, OSError) as error:
+                message = str(error)
+                self.close()
+            finally:
+                self._replace_worn()
+        raise SandboxError(f"cannot parse in the sandbox: {message}")
+
     def _run_tests(self, case: Case) -> Iterator[TestResult]:
         program = {"code": case.code, "setup": case.setup}
         questions = {
@@ -75,7 +91,7 @@ class Worker:
             "tests": list(case.tests),
             "entry_point": case.entry_point,
         }
-        with _payload(program) as code, _payload(questions) as tests:
+        with payload(program) as code, payload(questions) as tests:
             judge = Judge(lambda: self._zygote("judge"), tests, case)
             with contextlib.closing(judge):
                 for index in range(len(case.tests)):
@@ -117,8 +133,12 @@ class Worker:
         if report is not None and report["verdict"] == "lost":
             select.select([candidate.control], [], [], 1.0)  # let it end by itself: how, matters
         candidate.kill()
-        verdict, message = _assert_verdict(report, candidate.wait())
-        return TestResult(verdict, round(seconds, 4), message)
+        ended = candidate.wait()
+        if report is not None and report["verdict"] == "uncarriable":
+            plan = judge.controls(index, start + 2 * judge.limits.seconds)
+            return judge_weakly(candidate, judge.case, plan, seed=f"{judge.case.id} {index}")
+        verdict, message = _assert_verdict(report, ended)
+        return TestResult(verdict, round(seconds, 4), message, round(ended.cpu, 4))
 
     def _stdin(self, code: int, test: StdinTest, limits: Limits) -> TestResult:
         candidate = self._zygote("candidate")
@@ -126,7 +146,7 @@ class Worker:
         out_read, out_write = os.pipe()
         error_read, error_write = os.pipe()
         try:
-            with _memory_file(test.stdin.encode("utf-8", "surrogatepass")) as stdin:
+            with memory_file(test.stdin.encode("utf-8", "surrogatepass")) as stdin:
                 candidate.run("program", asdict(limits), [code, stdin, out_write, error_write])
         finally:
             os.close(out_write)
@@ -139,7 +159,7 @@ class Worker:
         collected.finish()
         seconds = time.monotonic() - start
         verdict, message = _stdin_verdict(reason, ended, collected, test.stdout)
-        return TestResult(verdict, round(seconds, 4), message)
+        return TestResult(verdict, round(seconds, 4), message, round(ended.cpu, 4))
 
 
 class Judge:
@@ -149,6 +169,7 @@ class Judge:
         self._zygote = zygote
         self._tests = tests
         self._running: tuple[ZygoteProcess, socket.socket] | None = None
+        self.case = case
         self._cpu_limits = asdict(case.limits)
         self._cpu_limits["seconds"] *= len(case.tests)
         self.limits = case.limits
@@ -166,8 +187,26 @@ class Judge:
 
     def order(self, index: int, connection: int) -> None:
         """Judge test `index` with the candidate at the other end of `connection`."""
+        self._send(str(index), connection)
+
+    def _send(self, order: str, connection: int) -> None:
         assert self._running is not None
-        socket.send_fds(self._running[1], [str(index).encode()], [connection])
+        socket.send_fds(self._running[1], [order.encode()], [connection])
+
+    def controls(self, index: int, deadline: float) -> Plan:
+        """Test `index` for a run in one process, with its controls. Raises ZygoteError."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                self._send(f"controls {index}", theirs.fileno())
+            parts = [b"-"]
+            while parts[-1]:
+                if not select.select([ours], [], [], max(deadline - time.monotonic(), 0.0))[0]:
+                    raise ZygoteError("the judge gave no controls in time")
+                parts.append(ours.recv(_PIPE_BYTES))
+        if len(parts) == 2:
+            raise ZygoteError("the judge ended over the controls")
+        return Plan(**json.loads(b"".join(parts[1:])))
 
     def report(self, deadline: float) -> dict[str, Any] | None:
         """What the judge says; None if nothing by the deadline. Raises ZygoteError if it died."""
@@ -175,7 +214,8 @@ class Judge:
         orders = self._running[1]
         left = max(deadline - time.monotonic(), 0.0)
         if not select.select([orders], [], [], left)[0]:
-            self.close()
+            if self.close() == _GONE:
+                raise ZygoteError("the judge's zygote is gone")
             return None
         data = orders.recv(_REPORT_BYTES)
         if not data:
@@ -183,7 +223,7 @@ class Judge:
         return json.loads(data)
 
     def close(self) -> int:
-        """End the process, if there is one; its wait status (-1 if its zygote is gone too)."""
+        """End the process, if there is one; its wait status (_GONE if its zygote is too)."""
         if self._running is None:
             return 0
         zygote, orders = self._running
@@ -193,7 +233,7 @@ class Judge:
             zygote.kill()
             return zygote.wait().status
         except ZygoteError:
-            return -1
+            return _GONE
 
 
 class _Collector:
@@ -237,53 +277,30 @@ class _Collector:
             del buffer[:-_STDERR_KEPT]
 
 
-@contextlib.contextmanager
-def _memory_file(data: bytes) -> Iterator[int]:
-    descriptor = os.memfd_create("job", os.MFD_CLOEXEC)
-    try:
-        with os.fdopen(os.dup(descriptor), "wb") as file:
-            file.write(data)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _payload(content: dict[str, Any]) -> contextlib.AbstractContextManager[int]:
-    return _memory_file(json.dumps(content).encode())
-
-
 def _assert_verdict(report: dict[str, Any] | None, ended: Ended) -> tuple[Verdict, str]:
+    if ended.excess:
+        return how_it_ended(ended, "")
     if report is None:
         return "timeout", ""
     verdict, message = report["verdict"], report["message"]
     if verdict == "invalid":
         raise InvalidTest(message)
     if verdict == "lost":
-        return _how_it_ended(ended, message)
+        return how_it_ended(ended, message)
     return verdict, message
-
-
-def _how_it_ended(ended: Ended, message: str) -> tuple[Verdict, str]:
-    code = os.waitstatus_to_exitcode(ended.status)
-    if code >= 0:
-        return "exited", f"the program exited with status {code} before the test ended"
-    if -code == signal.SIGXCPU:
-        return "timeout", "CPU time"
-    if -code == signal.SIGKILL:
-        return "exited", f"the program hung up: {message}"
-    return "crash", f"signal {-code} ({signal.Signals(-code).name})"
 
 
 def _stdin_verdict(
     reason: Verdict | None, ended: Ended, collected: _Collector, expected: str
 ) -> tuple[Verdict, str]:
+    if ended.excess:
+        return how_it_ended(ended, "")
     if reason is not None:
         return reason, ""
     code = os.waitstatus_to_exitcode(ended.status)
     complaint = bytes(collected.stderr).decode("utf-8", "replace").strip()
     if code < 0:
-        return _how_it_ended(ended, "")
+        return how_it_ended(ended, "")
     last = complaint.splitlines()[-1][:300] if complaint else ""
     if code > 0:
         verdict: Verdict = "oom" if last.startswith("MemoryError") else "fail"

@@ -14,7 +14,8 @@ import types
 from typing import Any, Literal
 
 from sandbox.inside.codec import Table
-from sandbox.inside.peer import Channel, Lost, Peer, describe
+from sandbox.inside.errors import describe
+from sandbox.inside.peer import Channel, Lost, Peer
 
 _SHUTDOWN = getattr(threading, "_shutdown", None)  # before the candidate can replace it
 _ATEXIT = atexit._run_exitfuncs
@@ -33,7 +34,7 @@ def serve_calls(payload: dict[str, Any], connection: socket.socket, max_bytes: i
         while True:
             peer.answer(channel.receive())
     except SystemExit as error:
-        _EXIT(_exit_code(error))
+        _EXIT(exit_code(error))
     except Lost:
         _EXIT(0)
     except BaseException:  # KeyboardInterrupt, GeneratorExit: would end plain Python as well
@@ -52,14 +53,19 @@ def _first_answer(payload: dict[str, Any], channel: Channel, peer: Peer) -> list
     return ["ready", peer.codec.encode(offered, Table())]
 
 
-def _load(payload: dict[str, Any], module_name: str) -> dict[str, Any]:
+def load(source: str, module_name: str) -> dict[str, Any]:
+    """The names of a new module after executing `source` in it, the first to be executed here."""
     module = types.ModuleType(module_name)
     sys.modules[module_name] = module  # dataclasses and typing look their module up
-    names = module.__dict__
     for name in ("exit", "quit"):  # `site`, which is not loaded here, would define them
         setattr(builtins, name, _sitebuiltins.Quitter(name, ""))
-    if payload["setup"]:
-        exec(compile(payload["setup"], "<setup>", "exec"), names)
+    if source:
+        exec(compile(source, "<setup>", "exec"), module.__dict__)
+    return module.__dict__
+
+
+def _load(payload: dict[str, Any], module_name: str) -> dict[str, Any]:
+    names = load(payload["setup"], module_name)
     exec(compile(payload["code"], "<solution>", "exec"), names)
     return names
 
@@ -79,7 +85,7 @@ def run_program(payload: dict[str, Any]) -> None:
     try:
         _load(payload, "__main__")
     except SystemExit as error:
-        code = _exit_code(error)
+        code = exit_code(error)
     except BaseException:
         code = 1
         with contextlib.suppress(BaseException):
@@ -95,7 +101,8 @@ def run_program(payload: dict[str, Any]) -> None:
     _EXIT(code)
 
 
-def _exit_code(error: SystemExit) -> int:
+def exit_code(error: SystemExit) -> int:
+    """The exit status that Python would give it."""
     if error.code is None:
         return 0
     return error.code & 0xFF if isinstance(error.code, int) else 1

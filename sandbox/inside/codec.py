@@ -61,6 +61,7 @@ class Codec:
 
     outgoing(value) gives the node of a value that stays on this side, or raises CodecError.
     incoming(tag, content) gives what stands here for the other side's value.
+    deepest: how deep what was decoded so far was nested.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Codec:
     ) -> None:
         self._outgoing = outgoing
         self._incoming = incoming
+        self.deepest = 0
 
     def encode(self, value: Any, table: Table, depth: int = 0) -> Any:
         """JSON-ready node of `value`; appends the mutable containers met to `table`."""
@@ -137,6 +139,7 @@ class Codec:
             return node
         if type(node) is not list or not node or type(node[0]) is not str or depth > MAX_DEPTH:
             raise CodecError("malformed message")
+        self.deepest = max(self.deepest, depth)
         try:
             return self._decode_tagged(node[0], node, table, depth)
         except (ValueError, TypeError, IndexError, ArithmeticError, LookupError) as error:

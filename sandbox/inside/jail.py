@@ -7,12 +7,15 @@ first process), `unsafe` (limits and another uid only). seccomp and no_new_privs
 machine has them.
 """
 
+import contextlib
 import os
 import resource
 
 from sandbox.inside import landlock, seccomp, shell, syscalls
 
+JUDGE_MEMORY_MIB = 2048
 _MIB = 1 << 20
+_CAP_DAC_READ_SEARCH = 1 << 2
 CANDIDATE_NAMESPACES = (
     syscalls.NEWUSER | syscalls.NEWPID | syscalls.NEWNS | syscalls.NEWIPC | syscalls.NEWUTS
 )
@@ -46,27 +49,37 @@ def limit(seconds: float, memory_mib: int, disk_mib: int, processes: int | None)
         resource.setrlimit(kind, (value, value))
 
 
-def volunteer_for_the_oom_killer() -> None:
-    """Be the first to be killed where memory runs out, before the zygote and other tests."""
-    # /proc/self belongs to root while the process is not dumpable. The flag is our own: no fork
-    # shares memory, and a candidate may not trace others anyway.
+def volunteer_for_the_oom_killer(proc: int) -> None:
+    """Be the first to go, before the zygote and whatever else runs; `proc`: a descriptor of /proc.
+
+    In a container our zygote is not dumpable, which makes /proc/self root's: undone here, for this
+    process alone.
+    """
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
-    with open("/proc/self/oom_score_adj", "w") as score:
-        score.write("1000")
-    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+    with contextlib.suppress(OSError):  # then it goes by size, as usual
+        descriptor = os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=proc)
+        os.write(descriptor, b"1000")
+        os.close(descriptor)
 
 
-def seal(level: str, folder: str | None) -> None:
+def seal(level: str, folder: str | None, spare: int | None) -> None:
     """Give up every privilege, for good. `folder` is the one writable folder (landlock level).
+
+    spare: the user to become if we are root (`shell.spare_uid`).
 
     Raises OSError where a level's part is missing: never runs on with less than was promised.
     """
     if level == "namespace":
         syscalls.set_capabilities(0)
-    elif shell.must_become_nobody():
+    elif spare is not None:
+        # The right to read is Landlock's to limit, and lost with the next exec.
+        keep = level == "landlock" and not shell.runtime_is_public()
+        if keep:
+            syscalls.prctl(syscalls.PR_SET_KEEPCAPS, 1)
         os.setgroups([])
-        os.setresgid(shell.NOBODY, shell.NOBODY, shell.NOBODY)
-        os.setresuid(shell.NOBODY, shell.NOBODY, shell.NOBODY)
+        os.setresgid(spare, spare, spare)
+        os.setresuid(spare, spare, spare)
+        syscalls.set_capabilities(_CAP_DAC_READ_SEARCH if keep else 0)
     elif os.geteuid() == 0:
         syscalls.set_capabilities(0)
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)

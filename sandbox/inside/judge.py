@@ -6,18 +6,21 @@ of a case, one candidate process for each.
 """
 
 import ast
+import contextlib
 import json
 import socket
 import sys
 import traceback
 import types
+from dataclasses import asdict
 from typing import Any
 
-from sandbox.inside import names
+from sandbox.inside import mutate, names
 from sandbox.inside.codec import CodecError, Table
 from sandbox.inside.peer import Channel, Lost, Peer, TooLong
 
 _MESSAGE_CHARS = 400
+_CONTROLS = b"controls "
 Outcome = tuple[str, str]
 
 
@@ -27,13 +30,20 @@ def serve(payload: dict[str, Any], orders: socket.socket, max_bytes: int) -> Non
     An order is a test's number, with the descriptor of the channel to a fresh candidate process.
     The answer is one JSON object: "verdict" is one of the contract's, or `lost` (the candidate
     ended: how, its parent knows), or `invalid` (setup or test do not compile or the setup fails:
-    no candidate could pass); "message" says more. Every test has a namespace of its own.
+    no candidate could pass), or `uncarriable` (the test passes what only a shared process can);
+    "message" says more. Every test has a namespace of its own.
+
+    The order b"controls <number>" asks for the `mutate.Plan` of a test instead, as JSON into the
+    descriptor; no other answer.
     """
     while True:
         data, descriptors, _, _ = socket.recv_fds(orders, 64, 1)
         if not data:
             return
         with socket.socket(fileno=descriptors[0]) as connection:
+            if data.startswith(_CONTROLS):
+                _send_plan(payload, int(data[len(_CONTROLS) :]), connection)
+                continue
             verdict, message = _judge(payload, int(data), Channel(connection, max_bytes))
         text = message[:_MESSAGE_CHARS].encode("utf-8", "backslashreplace").decode()
         orders.send(json.dumps({"verdict": verdict, "message": text}).encode())
@@ -66,6 +76,17 @@ def _judge(payload: dict[str, Any], index: int, channel: Channel) -> Outcome:
     return _run(test_code, scope, peer)
 
 
+def _send_plan(payload: dict[str, Any], index: int, connection: socket.socket) -> None:
+    setup = ast.parse(payload["setup"], "<setup>")
+    test = ast.parse(payload["tests"][index], "<test>")
+    scope: dict[str, Any] = {"__name__": "test"}
+    exec(compile(setup, "<setup>", "exec"), scope)
+    theirs, _ = names.resolve([setup, test], payload["entry_point"], scope)
+    found = mutate.plan(test, set(theirs), seed=f"controls {index}")
+    with contextlib.suppress(OSError):  # the worker gave up: it says why
+        connection.sendall(json.dumps(asdict(found)).encode())
+
+
 def _dictionary(value: Any, wanted: list[str]) -> dict[str, Any]:
     """Only the names asked for: the candidate must not bind any other name of the test."""
     if type(value) is not dict or not value.keys() <= set(wanted):
@@ -74,7 +95,7 @@ def _dictionary(value: Any, wanted: list[str]) -> dict[str, Any]:
 
 
 def _refusal(first: Any) -> Outcome:
-    _, (_, own_name, arguments) = first
+    own_name, arguments = first[1][1:3]
     verdict = "oom" if own_name == "MemoryError" else "fail"
     return verdict, f"loading: {own_name}: {_shown(arguments)}"
 
@@ -89,7 +110,8 @@ def _run(test_code: types.CodeType, scope: dict[str, Any], peer: Peer) -> Outcom
         outcome = ("fail", _summary(error))
     # Sticky, whatever the test's own `except` did with them.
     if peer.uncarriable is not None:
-        return "infra_error", f"{peer.uncarriable}, which cannot cross to the candidate's process"
+        message = f"{peer.uncarriable}, which cannot cross to the candidate's process"
+        return peer.uncarriable.verdict, message
     if isinstance(peer.lost, TooLong):
         return "output_limit", str(peer.lost)
     if peer.lost is not None:

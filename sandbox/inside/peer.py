@@ -11,7 +11,8 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sandbox.inside.codec import Codec, CodecError, Table, from_bytes, to_bytes
+from sandbox.inside.codec import MAX_DEPTH, Codec, CodecError, Table, from_bytes, to_bytes
+from sandbox.inside.errors import Errors, class_node, describe, handle_owner
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "call": lambda target, *args, **kwargs: target(*args, **kwargs),
@@ -29,7 +30,24 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "eq": lambda left, right: bool(left == right),
     "enter": lambda target: target.__enter__(),
     "exit": lambda target: target.__exit__(None, None, None),
+    "isinstance": isinstance,
+    "issubclass": issubclass,
 }
+_UNARY: dict[str, Callable[..., Any]] = {
+    "neg": operator.neg, "pos": operator.pos, "invert": operator.invert, "abs": abs, "int": int,
+    "float": float, "complex": complex, "index": operator.index, "hash": hash,
+    "reversed": reversed,
+}  # fmt: skip
+_ARITHMETIC = (
+    "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and",
+    "or", "xor",
+)  # fmt: skip
+_BINARY: dict[str, Callable[..., Any]] = {
+    name: getattr(operator, f"__{name}__")
+    for name in (*_ARITHMETIC, *(f"i{name}" for name in _ARITHMETIC), "lt", "le", "gt", "ge")
+}
+_PLAIN_MODULES = {"builtins", "itertools", "functools", "operator"}
+OPERATIONS |= _UNARY | _BINARY
 
 
 class Lost(BaseException):
@@ -41,7 +59,15 @@ class TooLong(Lost):
 
 
 class Uncarriable(BaseException):
-    """A test passes something that cannot cross: the test's fault, not the candidate's."""
+    """A test passes something that cannot cross.
+
+    verdict: `uncarriable` if that is the test's doing alone: then it may run in one process with
+    the candidate, which is weaker. What the candidate could have brought about never leads there.
+    """
+
+    def __init__(self, reason: str, verdict: str = "uncarriable") -> None:
+        super().__init__(reason)
+        self.verdict = verdict
 
 
 class Channel:
@@ -86,7 +112,10 @@ class Remote:
     """Stands for an object of the other side; nothing it says is believed except as data.
 
     Equal only to another Remote that the candidate calls equal; never to a value of the judge.
-    No arithmetic and no ordering: they would hand the expected value to the candidate.
+    Arithmetic and ordering likewise between two Remotes only: with a value they would hand that to
+    the candidate, and it may be the expected one (`abs(f(x) - 5) < 1e-6`, and `f(x)` knows what to
+    answer). So `handle + 1` is a TypeError, as it is for objects without arithmetic, and `x in
+    handle` iterates and compares here. A class of the candidate can be asked for its instances.
     """
 
     __slots__ = ("_peer", "_handle")
@@ -131,8 +160,11 @@ class Remote:
     def __eq__(self, other: object) -> bool:
         return type(other) is Remote and self._peer.ask("eq", self, other) is True
 
-    def __hash__(self) -> int:
-        return hash((Remote, self._handle))
+    def __instancecheck__(self, value: object) -> bool:
+        return type(value) is Remote and self._peer.ask("isinstance", value, self) is True
+
+    def __subclasscheck__(self, kind: object) -> bool:
+        return type(kind) is Remote and self._peer.ask("issubclass", kind, self) is True
 
     def __str__(self) -> str:
         return self._peer.ask("str", self)
@@ -145,6 +177,23 @@ class Remote:
 
     def __exit__(self, *_: object) -> None:
         self._peer.ask("exit", self)
+
+
+def _unary(name: str) -> Callable[[Remote], Any]:
+    return lambda self: self._peer.ask(name, self)
+
+
+def _binary(name: str) -> Callable[[Remote, object], Any]:
+    def operation(self: Remote, other: object) -> Any:
+        return self._peer.ask(name, self, other) if type(other) is Remote else NotImplemented
+
+    return operation
+
+
+for _name in _UNARY:
+    setattr(Remote, f"__{_name}__", _unary(_name))
+for _name in _BINARY:
+    setattr(Remote, f"__{_name}__", _binary(_name))
 
 
 class Peer:
@@ -160,8 +209,11 @@ class Peer:
         self._kept: list[Any] = []
         self._numbers: dict[int, int] = {}
         self.codec = Codec(self._outgoing, self._incoming)
+        self._errors = Errors(self._remote)
         self.lost: Lost | None = None
         self.uncarriable: Uncarriable | None = None
+        self._gave_class = False
+        self._remotes: dict[int, Remote] = {}  # one for each handle: `is` holds
 
     def ask(self, operation: str, *args: Any, **kwargs: Any) -> Any:
         """Have the other side do `operation`; returns its result or raises its exception."""
@@ -169,15 +221,16 @@ class Peer:
         try:
             message = self.codec.encode([list(args), kwargs], table)
             self._channel.send(["ask", operation, message])
-        except CodecError as error:
-            self.uncarriable = Uncarriable(str(error))
+        except CodecError as error:  # nested too deep
+            verdict = "uncarriable" if self.codec.deepest < MAX_DEPTH // 2 else "fail"
+            self.uncarriable = Uncarriable(f"the test passes a value {error}", verdict)
             raise self.uncarriable from None
         except Lost as error:
             self.lost = error
             raise
         kind, result = self._reply(table)
         if kind == "error":
-            raise _rebuild(result)
+            raise self._errors.rebuild(result)
         return result
 
     def _reply(self, table: Table) -> tuple[str, Any]:
@@ -217,15 +270,17 @@ class Peer:
         return operation == "call" and any(kept is args[0] for kept in self._kept)
 
     def _encode_error(self, error: BaseException, table: Table, before: list[str]) -> list[Any]:
-        node = self.codec.encode(describe(error), table)
+        node = self.codec.encode(describe(error, self._keep if self._opaque else None), table)
         try:
             return [node, self.codec.changes(table, before)]
         except (CodecError, RecursionError):
             return [node, []]
 
     def _outgoing(self, value: Any) -> list[Any]:
-        if type(value) is Remote:
-            return ["own", value._handle]
+        if not self._opaque:
+            owner = value if type(value) is Remote else handle_owner(value)
+            if type(owner) is Remote:
+                return ["own", owner._handle]
         if type(value) is _Function:
             return ["own", value.number]
         if isinstance(value, type) or not self._opaque:
@@ -233,13 +288,26 @@ class Peer:
             if getattr(builtins, str(name), None) is value:
                 return ["builtin", name]
         if self._opaque:
-            return ["handle", self._keep(value)]
-        if isinstance(value, Iterator):
+            return self._handle_or_error(value)
+        # Of these the candidate can expect no more than to be iterated, or called.
+        plain = type(value).__module__ in _PLAIN_MODULES and not isinstance(value, type)
+        if plain and isinstance(value, Iterator):
             return ["pull", self._keep(value.__next__)]
-        if callable(value) and not isinstance(value, type):
+        if plain and callable(value):
             return ["function", self._keep(value)]
-        self.uncarriable = Uncarriable(f"the test passes a {type(value).__name__}")
+        # A class or an exception of the candidate's choice may be what cannot cross.
+        of_theirs = isinstance(value, Exception) and "from_candidate" in value.__dict__
+        forced = self._gave_class or of_theirs
+        verdict = "infra_error" if forced else "uncarriable"
+        self.uncarriable = Uncarriable(f"the test passes a {type(value).__name__}", verdict)
         raise self.uncarriable
+
+    def _handle_or_error(self, value: Any) -> list[Any]:
+        if isinstance(value, Exception):
+            return ["error", self.codec.encode(describe(value, self._keep), Table())]
+        if isinstance(value, type) and issubclass(value, Exception):
+            return ["error class", self.codec.encode(class_node(value, self._keep), Table())]
+        return ["handle", self._keep(value)]
 
     def _keep(self, value: Any) -> int:
         # id() is unique among what is kept alive, and everything numbered is.
@@ -259,7 +327,7 @@ class Peer:
             return _Function(self, content)
         if tag == "pull" and self._opaque:
             return _pull(_Function(self, content))
-        if tag in ("handle", "builtin") and not self._opaque:
+        if tag in ("handle", "builtin", "error", "error class") and not self._opaque:
             return self._foreign(tag, content)
         raise CodecError(f"malformed message: {tag!r}")
 
@@ -269,10 +337,18 @@ class Peer:
             value = getattr(builtins, content)
             if not isinstance(value, type):
                 raise CodecError("malformed message: builtin")
+            self._gave_class = True
             return value
-        if type(content) is not int:
+        if tag == "error":
+            return self._errors.rebuild(self.codec.decode(content, Table()))
+        if tag == "error class":
+            return self._errors.class_of(self.codec.decode(content, Table()))
+        return self._remote(content)
+
+    def _remote(self, handle: Any) -> "Remote":
+        if type(handle) is not int:
             raise CodecError("malformed message: handle")
-        return Remote(self, content)
+        return self._remotes.setdefault(handle, Remote(self, handle))
 
 
 class _Function:
@@ -292,28 +368,3 @@ def _pull(function: _Function) -> Iterator[Any]:
             yield function()
         except StopIteration:
             return
-
-
-def describe(error: BaseException) -> list[Any]:
-    """[name of the nearest builtin class, own class name, args]: what of an exception may cross."""
-    kind = next(k for k in type(error).__mro__ if getattr(builtins, k.__name__, None) is k)
-    try:
-        args = [a for a in error.args if type(a) in (str, int, float, bool, type(None))]
-        complete = len(args) == len(error.args)
-        text = str(error)[:2000]
-    except Exception:  # a candidate's __str__ or args may do anything
-        complete, args, text = False, [], ""
-    return [kind.__name__, type(error).__name__, args if complete else [text]]
-
-
-def _rebuild(description: Any) -> Exception:
-    try:
-        name, own_name, args = description
-        kind = getattr(builtins, name)
-        if not (isinstance(kind, type) and issubclass(kind, Exception)):
-            return RuntimeError(f"{own_name}: {args}")
-        error = kind(*args)
-    except (TypeError, ValueError, AttributeError):
-        return RuntimeError("an exception that cannot be rebuilt")
-    error.from_candidate = True  # type: ignore[attr-defined]
-    return error

@@ -82,7 +82,7 @@ def limits(memory_mib: int, processes: int, disk_mib: int, folder: str) -> list[
 def level(folder: str) -> str:
     """The strongest of LEVELS that a process here can be sealed at. Raises OSError."""
     for name in LEVELS:
-        if _ends_well(functools.partial(jail.seal, name, folder)):
+        if _ends_well(functools.partial(jail.seal, name, folder, None)):
             return name
     raise OSError("no process can be sealed in it: its kernel lacks seccomp")
 
@@ -93,7 +93,7 @@ def _ends_well(attempt: Callable[[], None]) -> bool:
     if child == 0:
         code = 1
         try:
-            jail.volunteer_for_the_oom_killer()
+            jail.volunteer_for_the_oom_killer(os.open("/proc", os.O_RDONLY | os.O_DIRECTORY))
             attempt()
             code = 0
         finally:

@@ -36,6 +36,7 @@ _DENIED_SHARED_PIDS = {
     "setpriority": (141, 140), "sched_setaffinity": (203, 122), "sched_setparam": (142, 118),
     "sched_setscheduler": (144, 119), "sched_setattr": (314, 274), "ioprio_set": (251, 30),
 }  # fmt: skip
+_OWN = 0x7EEEEEEE  # no pid is that large, no other constant of the program is that
 _ONLY_SELF = {"kill": (62, 129), "tgkill": (234, 131)}
 # F_SETOWN, F_SETSIG, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP: the kernel would send a signal for us.
 _DENIED_COMMANDS = {"fcntl": ((72, 25), (8, 10, 15)), "ioctl": ((16, 29), (0x8901, 0x8902))}
@@ -50,9 +51,16 @@ def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, if_true, if_false, value)
 
 
-@functools.cache
 def _program(own_pid: int | None) -> bytes:
     """BPF for this machine. `own_pid` if the pid namespace is shared with others, else None."""
+    if own_pid is None:
+        return prepare(shared_pids=False)
+    return prepare(shared_pids=True).replace(struct.pack("=I", _OWN), struct.pack("=I", own_pid))
+
+
+@functools.cache
+def prepare(shared_pids: bool) -> bytes:
+    """The program, with _OWN for one's own pid; made once in the zygote, for all its children."""
     column = list(_ARCH).index(syscalls.MACHINE)
     deny = _op(_RETURN, _ERRNO | _EPERM)
     reload_number = _op(_LOAD, _OFFSET_NUMBER)
@@ -72,13 +80,13 @@ def _program(own_pid: int | None) -> bytes:
         reload_number,
     ]
     denied = dict(_DENIED)
-    if own_pid is not None:
+    if shared_pids:
         denied |= _DENIED_SHARED_PIDS
         for numbers in _ONLY_SELF.values():
             parts += [
                 _op(_JUMP_EQ, numbers[column], 0, 4),
                 _op(_LOAD, _OFFSET_ARG0),
-                _op(_JUMP_EQ, own_pid, 1, 0),
+                _op(_JUMP_EQ, _OWN, 1, 0),
                 deny,
                 reload_number,
             ]

@@ -2,6 +2,12 @@
 
 Not the per-test confinement (that is `jail`). Inside, only the Python runtime and the system
 libraries exist, read-only; no /proc, no /sys, no home directories, no network interface that is up.
+
+Raw system calls and not bubblewrap, also where that is installed: each test needs namespaces of its
+own inside, so bubblewrap opens no machine that these calls do not open (where it may only because
+it is setuid, or has an AppArmor profile, what it starts may not make namespaces again); it would be
+started once per zygote and hide nothing more than `_build_root` does; and one per test costs as
+much as a new Python (docs/RESULTS.md). One way in is one way to test.
 """
 
 import os
@@ -12,6 +18,7 @@ from dataclasses import dataclass
 from sandbox.inside import syscalls
 
 NOBODY = 65534
+_SPARE_UIDS, _MAX_PID, _FEW_UIDS = 0x70000000, 1 << 22, 4096
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
 _MOUNT_POINTS = ("/mnt", "/srv", "/media", "/opt", "/tmp", "/run", "/var")
@@ -37,6 +44,15 @@ def runtime_paths() -> list[str]:
     return [path for path in _SYSTEM if os.path.lexists(path)] + extra
 
 
+def runtime_is_public() -> bool:
+    """Whether users other than root can get at the running Python (not below /root, as a rule)."""
+    prefix = os.path.realpath(sys.base_prefix)
+    folders = [prefix]
+    while folders[-1] != "/":
+        folders.append(os.path.dirname(folders[-1]))
+    return all(os.stat(folder).st_mode & 0o001 for folder in folders)
+
+
 def write_id_maps(proc: int, inside: int, uid: int, gid: int) -> None:
     """Map our one uid and gid to `inside` in the user namespace we are in now."""
     for name, text in (
@@ -49,28 +65,37 @@ def write_id_maps(proc: int, inside: int, uid: int, gid: int) -> None:
         os.close(descriptor)
 
 
-def must_become_nobody() -> bool:
-    """Whether we are root, and of a user namespace in which somebody else exists.
+def spare_uid() -> int | None:
+    """A user id for this process alone, None if we may not become anybody else.
+
+    RLIMIT_NPROC counts the processes of a user, and a user may signal his own: so no two zygotes
+    share an id. It is derived from the pid, in a range that nobody hands out (systemd's list,
+    "Users, Groups, UIDs and GIDs"); where the user namespace has only some ids, among its last.
 
     A root that is alone in its namespace (rootless containers) is an ordinary user outside.
     """
     if os.geteuid() != 0:
-        return False
+        return None
     with open("/proc/self/uid_map") as ranges:
         spans = [[int(number) for number in line.split()] for line in ranges]
-    return any(first <= NOBODY < first + count for first, _, count in spans)
+    first, _, count = max(spans, key=lambda span: span[2], default=[0, 0, 0])
+    if first <= _SPARE_UIDS and first + count > _SPARE_UIDS + _MAX_PID:
+        return _SPARE_UIDS + os.getpid()
+    if first <= NOBODY < first + count:
+        return NOBODY - 1 - os.getpid() % _FEW_UIDS
+    return None
 
 
-def enter() -> Shell:
+def enter(proc: int, spare: int | None) -> Shell:
     """Move this process into a shell of its own; returns in a forked child that is its pid 1.
+
+    proc: a descriptor of /proc. spare: `spare_uid()`, whom we become if there is one.
 
     Raises OSError if the kernel, or whoever configured it, does not permit this.
     """
-    proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
     uid, gid = os.geteuid(), os.getegid()
     flags = syscalls.NEWNS | syscalls.NEWNET | syscalls.NEWIPC | syscalls.NEWUTS | syscalls.NEWPID
-    privileged = must_become_nobody()
-    if privileged:
+    if spare is not None:
         syscalls.unshare(flags)
     else:
         syscalls.unshare(flags | syscalls.NEWUSER)
@@ -82,18 +107,19 @@ def enter() -> Shell:
         os.waitpid(child, 0)
         os._exit(0)
     _build_root()
-    if privileged:
-        _become_nobody()
+    if spare is not None:
+        _become(spare)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)  # else /proc/self belongs to root: no id maps
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-    return Shell(proc, NOBODY, NOBODY)
+    uid = NOBODY if spare is None else spare
+    return Shell(proc, uid, uid)
 
 
-def _become_nobody() -> None:
+def _become(uid: int) -> None:
     syscalls.prctl(syscalls.PR_SET_KEEPCAPS, 1)
     os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
     cap_sys_admin, cap_kill = 21, 5
     syscalls.set_capabilities((1 << cap_sys_admin) | (1 << cap_kill))
 

@@ -5,8 +5,8 @@ shell, then serves one test at a time: the payload travels in a descriptor that 
 child reads, so no job's data is ever in a later job's memory. Ends when its worker does.
 
 Control socket (SOCK_SEQPACKET): {"op": "run", "role", "limits"} with descriptors, answered by
-{"status", "cpu", "refused"} when the child *and all its descendants* are gone; {"op": "kill"} ends
-it early.
+{"status", "cpu", "excess", "refused"} when the child *and all its descendants* are gone; {"op":
+"kill"} ends it early.
 """
 
 import contextlib
@@ -20,16 +20,18 @@ import socket
 import sys
 import tempfile
 import traceback
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from sandbox.inside import candidate, cleanup, jail, judge, shell, syscalls
+from sandbox.inside import candidate, folders, jail, judge, parsing, seccomp, shell, syscalls, weak
+from sandbox.inside.census import Census
 
 _PRELOADED = (
     "abc array bisect cmath collections collections.abc contextlib copy dataclasses datetime "
     "decimal enum fractions functools hashlib heapq io itertools json math numbers operator os "
     "queue random re statistics string struct sys textwrap threading time types typing unittest"
 )
-_JUDGE_MEMORY_MIB = 2048
+_LOOK_MS = 100  # how often the sum of memory is looked at; short tests never pay for it
 _COMPLAIN = 250  # where a child tells its zygote that it could not be confined; closed once it is
 
 
@@ -38,43 +40,65 @@ def main(options: dict[str, Any]) -> NoReturn:
 
     options["folder"]: where tests write, at the levels without a folder of their own. Nobody
     else's: it is emptied after each test.
+    options["events"]: a descriptor of our control group's memory events, if there is to be one:
+    then the worker sends a go-ahead when we are in it.
     """
     control = socket.socket(fileno=options["control"])
+    events = options.get("events")
     os.set_inheritable(control.fileno(), False)
+    if events is not None:
+        os.set_inheritable(events, False)
     for name in _PRELOADED.split():
         importlib.import_module(name)
+    if events is not None and not control.recv(64):
+        os._exit(0)
     surroundings = None
+    spare = shell.spare_uid()
+    proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
     try:
         if options["level"] == "namespace":
-            surroundings = shell.enter()
+            surroundings = shell.enter(proc, spare)
         else:
             syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     except OSError as error:
         control.send(json.dumps({"error": str(error)}).encode())
         os._exit(1)
+    if seccomp.supported():
+        seccomp.prepare(shared_pids=surroundings is None)
     gc.collect()
     gc.disable()
     gc.freeze()
-    zygote = Zygote(control, options["level"], options["folder"], surroundings)
+    place = Place(options["level"], options["folder"], surroundings, spare, proc, events)
+    zygote = Zygote(control, place)
     control.send(json.dumps({"ready": os.getpid()}).encode())
     while True:
         zygote.serve_one()
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a zygote is: its level, its folder for tests, its shell and its spare user id, if any.
+
+    proc, events: descriptors of the host's /proc and of the control group's memory events, if it
+    has one; closed in every child.
+    """
+
+    level: str
+    folder: str
+    surroundings: shell.Shell | None
+    spare: int | None
+    proc: int
+    events: int | None
+
+
 class Zygote:
     """One control socket, one test at a time."""
 
-    def __init__(
-        self,
-        control: socket.socket,
-        level: str,
-        folder: str,
-        surroundings: shell.Shell | None,
-    ) -> None:
+    def __init__(self, control: socket.socket, place: Place) -> None:
         self._control = control
-        self._level = level
-        self._folder = folder
-        self._surroundings = surroundings
+        self._place = place
+        self._surroundings = place.surroundings
+        self._census = Census(place.proc)
 
     def serve_one(self) -> None:
         """Receive a request, run it to its end, answer. Exits when the worker hangs up."""
@@ -94,11 +118,12 @@ class Zygote:
             self._be_child(request, descriptors, folder)
         for descriptor in (*descriptors, complain):
             os.close(descriptor)
-        status, cpu = self._wait(child)
+        status, cpu, excess = self._wait(child, request, folder)
         self._end_descendants()
         if self._surroundings is None:
-            cleanup.empty(self._folder)
-        answer = {"status": status, "cpu": cpu, "refused": os.read(complaints, 2000).decode()}
+            folders.empty(self._place.folder)
+        refused = os.read(complaints, 2000).decode()
+        answer = {"status": status, "cpu": cpu, "excess": excess, "refused": refused}
         os.close(complaints)
         with contextlib.suppress(BrokenPipeError):
             self._control.send(json.dumps(answer).encode())
@@ -108,14 +133,25 @@ class Zygote:
             return syscalls.fork_into(jail.CANDIDATE_NAMESPACES)
         return os.fork()
 
-    def _wait(self, child: int) -> tuple[int, float]:
+    def _wait(
+        self, child: int, request: dict[str, Any], folder: str | None
+    ) -> tuple[int, float, str]:
+        """Until the child ended: wait status, CPU seconds, of what it had too much."""
         watched = os.pidfd_open(child)
         poll = select.poll()
         poll.register(watched, select.POLLIN)
         poll.register(self._control, select.POLLIN)
-        ended = False
+        ended, excess = False, ""
+        oom_kills = self._oom_kills()
         while not ended:
-            for descriptor, _ in poll.poll():
+            ready = poll.poll(_LOOK_MS)
+            if not ready and not excess:
+                excess = self._excess(request, folder, oom_kills)
+                if not excess and self._census.memory_above(_memory_mib(request) << 20):
+                    excess = "memory"
+                if excess:
+                    signal.pidfd_send_signal(watched, signal.SIGKILL)
+            for descriptor, _ in ready:
                 if descriptor == watched:
                     ended = True
                     continue
@@ -126,7 +162,23 @@ class Zygote:
                     os._exit(0)
         os.close(watched)
         _, status, usage = os.wait4(child, 0)
-        return status, usage.ru_utime + usage.ru_stime
+        excess = excess or self._excess(request, folder, oom_kills)  # what was too quick to see
+        return status, usage.ru_utime + usage.ru_stime, excess
+
+    def _excess(self, request: dict[str, Any], folder: str | None, oom_kills: int) -> str:
+        """Whether the kernel ended one of several processes, or the folder is too full."""
+        if self._oom_kills() > oom_kills:
+            return "memory"
+        if folder is not None and folders.too_full(folder, request["limits"]["disk_mib"] << 20):
+            return "files"
+        return ""
+
+    def _oom_kills(self) -> int:
+        """How many processes of our control group the kernel has ended so far."""
+        if self._place.events is None:
+            return 0
+        lines = os.pread(self._place.events, 4096, 0).split(b"\n")
+        return next((int(line[9:]) for line in lines if line.startswith(b"oom_kill ")), 0)
 
     def _end_descendants(self) -> None:
         """SIGKILL whatever the child left, until nothing is left."""
@@ -145,16 +197,16 @@ class Zygote:
                 os.waitpid(-1, 0)
 
     def _make_folder(self) -> str:
-        folder = tempfile.mkdtemp(prefix="test-", dir=self._folder)
-        if shell.must_become_nobody():
-            os.chown(folder, shell.NOBODY, shell.NOBODY)
+        folder = tempfile.mkdtemp(prefix="test-", dir=self._place.folder)
+        if self._place.spare is not None:
+            os.chown(folder, self._place.spare, self._place.spare)
         return folder
 
     def _be_child(
         self, request: dict[str, Any], descriptors: list[int], folder: str | None
     ) -> NoReturn:
         try:
-            os.setsid()
+            os.setpgid(0, 0)  # kill(0) must not reach us; a session of its own costs 0.5 ms
             self._confine(request, descriptors, folder)
         except BaseException:
             # Before the seal this is the machine's fault. After it the descriptor is closed: a
@@ -167,30 +219,38 @@ class Zygote:
     def _confine(self, request: dict[str, Any], descriptors: list[int], folder: str | None) -> None:
         role, limits = request["role"], request["limits"]
         payload = json.loads(_read_all(descriptors[0]))
+        jail.volunteer_for_the_oom_killer(self._place.proc)
+        disk, processes = limits["disk_mib"], limits["processes"]
         if role == "judge":
-            memory, disk, processes = _JUDGE_MEMORY_MIB, 1, None
+            disk, processes = 1, None
+        elif self._surroundings is not None:
+            jail.enter_namespaces(self._surroundings, disk)
         else:
-            memory, disk, processes = (
-                limits["memory_mib"], limits["disk_mib"], limits["processes"],
-            )  # fmt: skip
-            if self._surroundings is not None:
-                jail.enter_namespaces(self._surroundings, disk)
-            elif folder is not None:
-                jail.volunteer_for_the_oom_killer()
-                os.chdir(folder)
+            os.chdir(folder or "/")
+            if self._place.spare is None:  # the limit counts all that this user runs
+                processes += self._census.tasks_of(os.geteuid())
         kept = _arrange_descriptors(descriptors[1:], as_program=role == "program")
-        jail.limit(limits["seconds"], memory, disk, processes)
+        jail.limit(limits["seconds"], _memory_mib(request), disk, processes)
         os.environ.clear()
-        jail.seal(self._level, folder)
+        jail.seal(self._place.level, folder, self._place.spare)
         os.close(_COMPLAIN)
         gc.enable()
         _run_role(role, payload, kept, limits["output_kib"] * 1024)
 
 
-def _run_role(role: str, payload: dict[str, Any], kept: list[int], max_bytes: int) -> None:
+def _memory_mib(request: dict[str, Any]) -> int:
+    return jail.JUDGE_MEMORY_MIB if request["role"] == "judge" else request["limits"]["memory_mib"]
+
+
+def _run_role(role: str, payload: Any, kept: list[int], max_bytes: int) -> None:
     sys.argv = [""]
     if role == "program":
         candidate.run_program(payload)
+    if role == "parse":
+        parsing.serve(payload, kept[0])
+        return
+    if role == "weak":
+        weak.serve(payload, kept[0])
     connection = socket.socket(fileno=kept[0])
     if role == "calls":
         candidate.serve_calls(payload, connection, max_bytes)

@@ -63,7 +63,11 @@ def test_disk_is_measured_where_runs_go(tmp_path: Path) -> None:
 
 
 def test_sandbox_and_gpu_say_something_of_this_machine() -> None:
-    assert check_sandbox()[0].found
+    lines = {line.what: line for line in check_sandbox()}
+    assert lines["sandbox"].found
+    assert lines["sandbox ladder"].found.startswith("namespace: ")
+    groups = lines["sandbox control groups"]
+    assert (groups.state == "note") is groups.found.startswith("none (")
     assert check_gpu()[0].what.startswith("GPU")
 
 

@@ -1,10 +1,12 @@
-"""A real Docker engine for the tests that want one, and sandboxes on it and over a bare bridge.
+"""What the sandbox's tests share: a sandbox per level, the proof that a program leaves nothing, and
+a real Docker engine.
 
 The engine is a dockerd of our own: private socket, private data, no network. Its image is Debian's
 smallest, made once by debootstrap and kept in the user's cache folder.
 """
 
 import contextlib
+import dataclasses
 import os
 import platform
 import shutil
@@ -18,9 +20,144 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.docker import DockerOptions
+from sandbox.docker import DockerHome, DockerOptions
 from sandbox.inside.bridge import Descriptors
+from sandbox.inside.shell import _SPARE_UIDS
+from sandbox.probe import try_level
+from sandbox.process import LocalHome
+from sandbox.records import Case, Limits
 from sandbox.remote import BOOT_COMMAND, BridgedHome, greeting
+from sandbox.service import Sandbox
+
+LIMITS = Limits(seconds=1.5, memory_mib=256, processes=8, output_kib=64, disk_mib=4)
+PATIENT = dataclasses.replace(LIMITS, seconds=60.0)  # where the verdict must not be a timeout
+HONEST = Case(
+    id="honest", code="def f(x):\n    return x + 1", tests=("assert f(41) == 42",), limits=PATIENT
+)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "namespace",
+        "landlock",
+        pytest.param("docker", marks=pytest.mark.docker),
+        pytest.param("docker-container", marks=pytest.mark.docker),
+    ],
+)
+def sandbox(request):
+    backend, _, level = request.param.partition("-")
+    options = None
+    if backend == "docker":
+        options = request.getfixturevalue("docker_options")
+        options = dataclasses.replace(options, level=level or None)
+    elif (reason := try_level(backend)) is not None:
+        pytest.skip(f"{backend}: {reason}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNMASK_TEST_SECRET", "secret-42")
+        with Sandbox(backend, workers=1, docker=options) as made:
+            yield made
+
+
+@pytest.fixture
+def in_bare_container(sandbox) -> bool:
+    """Whether a program sees the files of its container, for want of Landlock."""
+    return sandbox.backend == "docker" and sandbox._launcher.level == "container"
+
+
+@pytest.fixture
+def judge(sandbox):
+    """judge(code, test, limits) -> verdict. Afterwards all is as before, and honest code passes."""
+
+    def one(code: str, test: str = "assert f(41) == 42", limits: Limits = LIMITS) -> str:
+        result = sandbox.run([Case(id="x", code=code, tests=(test,), limits=limits)])[0]
+        assert result.status == "ran", result
+        assert not result.tests[0].weak
+        return result.tests[0].verdict
+
+    assert_honest(sandbox)
+    before = state(sandbox)
+    yield one
+    assert_honest(sandbox)
+    assert state(sandbox) == before
+
+
+def assert_honest(sandbox: Sandbox) -> None:
+    result = sandbox.run([HONEST])[0]
+    assert result.pass_rate == 1.0, result
+
+
+def state(sandbox: Sandbox) -> dict[str, object]:
+    """What a test could leave: processes, descriptors, mounts, files and groups of each zygote."""
+    (worker,) = sandbox._workers
+    found: dict[str, object] = {}
+    if sandbox.backend != "docker":  # whose client keeps some connections for a while
+        found["own descriptors"] = len(os.listdir("/proc/self/fd"))
+    for role, zygote in worker._zygotes.items():
+        look = state_of_container if isinstance(zygote.home, DockerHome) else state_of_home
+        found |= {f"{role}: {what}": how for what, how in look(zygote.home, sandbox).items()}
+    return found
+
+
+def state_of_container(home: DockerHome, _: Sandbox) -> dict[str, object]:
+    """Of a container: its processes, and what their descriptors are."""
+    listing = home.container._engine._client.top(home.container.name)
+    pids = [int(row[listing["Titles"].index("PID")]) for row in listing["Processes"]]
+    return {
+        "container": home.container.name,
+        "processes": len(pids),
+        "descriptors": sorted(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
+        "mounts": [len(Path(f"/proc/{pid}/mountinfo").read_text().splitlines()) for pid in pids],
+        "files": os.listdir(f"/proc/{pids[0]}/root/tmp"),
+    }
+
+
+def state_of_home(home: LocalHome, sandbox: Sandbox) -> dict[str, object]:
+    """Of a zygote of this machine: processes, descriptors, mounts, files, control group."""
+    pids = [home.process.pid, *below(home.process.pid)]
+    users = {os.stat(f"/proc/{pid}").st_uid for pid in pids} - {os.geteuid()}
+    users.add(_SPARE_UIDS + home.process.pid)  # whom its tests are, if we are root
+    found: dict[str, object] = {
+        "processes": len(pids),
+        "descriptors": [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids],
+        "files": os.listdir(home.folder),
+        "processes of its users": sum(map(processes_of, users)),
+    }
+    if sandbox.backend == "namespace":  # else the machine's own
+        mounts = Path(f"/proc/{pids[-1]}/mountinfo").read_text()
+        found["mounts"] = len(mounts.splitlines())
+    if home.group is not None:
+        for kind, folder in home.group._folders.items():
+            members = (folder / "cgroup.procs").read_text().split()
+            found[f"{kind} group"] = sorted(members) == sorted(map(str, pids))
+    return found
+
+
+def below(pid: int) -> list[int]:
+    """All descendants, parents first."""
+    pids = [pid]
+    for parent in pids:
+        for listing in Path(f"/proc/{parent}/task").glob("*/children"):
+            pids += map(int, listing.read_text().split())
+    return pids[1:]
+
+
+def processes_of(uid: int) -> int:
+    """How many processes a user has."""
+    count = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            count += folder.stat().st_uid == uid
+        except FileNotFoundError:
+            continue
+    return count
+
+
+@pytest.fixture
+def processes_below():
+    """processes_below(pid) -> its descendants."""
+    return below
+
 
 IMAGE = "unmask-test"
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask-tests"

@@ -458,9 +458,11 @@ NONSENSE = "def main(options):\n    import os\n    os.write(1, b'HTTP/1.1 200 OK
 @pytest.mark.parametrize(
     "answer",
     [
-        b"{", b"[]", b"[" * 60000, b'{"status": "0", "cpu": 0.0, "refused": ""}',
-        b'{"status": 4095, "cpu": 0.0, "refused": ""}', b'{"status": 0, "cpu": [], "refused": ""}',
-        b'{"status": 0, "cpu": 0.0, "refused": "no seccomp"}', b"\xff",
+        b"{", b"[]", b"[" * 60000, b'{"status": "0", "cpu": 0.0, "excess": "", "refused": ""}',
+        b'{"status": 4095, "cpu": 0.0, "excess": "", "refused": ""}',
+        b'{"status": 0, "cpu": [], "excess": "", "refused": ""}',
+        b'{"status": 0, "cpu": 0.0, "excess": "all", "refused": ""}',
+        b'{"status": 0, "cpu": 0.0, "excess": "", "refused": "no seccomp"}', b"\xff",
     ],
 )  # fmt: skip
 def test_answers_of_a_zygote_are_not_trusted(answer):
@@ -468,6 +470,9 @@ def test_answers_of_a_zygote_are_not_trusted(answer):
         def __init__(self) -> None:
             self.control, self.far = message_pair()
             self.far.send(b'{"ready": 1}')
+
+        def limit(self, role: str, limits: object) -> None:
+            pass
 
         def why(self) -> str:
             return ""

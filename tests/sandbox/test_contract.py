@@ -61,7 +61,7 @@ def test_command_line_keeps_order_and_survives_malformed_lines():
     assert set(first) == {
         "id", "status", "passed", "total", "pass_rate", "tests", "seconds", "backend"
     }  # fmt: skip
-    assert set(first["tests"][0]) == {"verdict", "seconds", "message"}
+    assert set(first["tests"][0]) == {"verdict", "seconds", "message", "cpu_seconds"}
     assert records[4]["pass_rate"] == 0.5
     assert "limits.seconds" in records[6]["message"]
 

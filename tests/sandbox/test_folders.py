@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.inside.cleanup import empty
+from sandbox.inside.folders import empty
 
 
 def as_nobody(action) -> int:
