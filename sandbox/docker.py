@@ -30,7 +30,7 @@ class DockerOptions:
     image: anything with python3 (3.10 or newer) and the toolchains of the languages to judge.
     host: the engine's address; None is DOCKER_HOST, else the local socket.
     runtime: the engine's name of another runtime (`runsc`); None is its default.
-    strict: a new container for the candidates of every case.
+    strict: a new container for the candidates of every case; judges keep theirs.
     jobs_per_container: after so many processes a container is replaced.
     memory_mib, disk_mib, processes: of a container; no test can have more.
     level: how tests are confined inside; None is the strongest that works there.
@@ -139,7 +139,7 @@ class DockerLauncher:
 
     def worn(self, role: str, jobs: int) -> bool:
         """See `Launcher`."""
-        if self._options.strict and role == "candidate":
+        if self._options.strict and role != "judge":
             return jobs > 0
         return jobs >= self._options.jobs_per_container
 
