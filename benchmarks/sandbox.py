@@ -231,7 +231,7 @@ def proportional_mib(pid: int) -> float:
 def zygote_mib(sandbox: Sandbox) -> float:
     """Of the heaviest zygote, its parent process included."""
     zygotes = [z for worker in sandbox._workers for z in worker._zygotes.values()]
-    return max(proportional_mib(zygote._process.pid) for zygote in zygotes)
+    return max(proportional_mib(zygote.home.process.pid) for zygote in zygotes)
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, Measured], dict[str, str], float]:

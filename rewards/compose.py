@@ -21,6 +21,7 @@ from rewards.extract import Which, extract_code
 from rewards.load import check_signature, load_function
 from rewards.plugin import Plugin
 from rewards.sample import Outcome, Sample
+from sandbox.docker import DockerOptions
 from sandbox.records import Case, Limits, Result, SandboxError, StdinTest
 from sandbox.service import Sandbox
 
@@ -56,13 +57,24 @@ class RewardSection(Section):
 
 
 class SandboxSection(Section):
-    """How programs are run. Seconds are wall clock per test; `workers` null is one per CPU."""
+    """How programs are run. Seconds are wall clock per test; `workers` null is one per CPU.
 
-    backend: Literal["auto", "namespace", "landlock", "unsafe"] = "auto"
+    docker: which containers, for `backend: docker`.
+    """
+
+    backend: Literal["auto", "namespace", "landlock", "docker", "unsafe"] = "auto"
     workers: int | None = Field(default=None, ge=1, le=64)
     allow_unsafe: bool = False
     seconds: float = Field(default=5.0, ge=0.05, le=3600)
     memory_mib: int = Field(default=512, ge=64, le=65536)
+    docker: DockerOptions = DockerOptions()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SandboxSection":
+        problem = self.docker.problem(Limits(memory_mib=self.memory_mib))
+        if self.backend == "docker" and problem is not None:
+            raise ValueError(problem)
+        return self
 
 
 class RewardConfig(Section):
@@ -132,7 +144,9 @@ class Rewarder:
             return
         options = config.sandbox
         try:
-            self._sandbox = Sandbox(options.backend, options.workers, options.allow_unsafe)
+            self._sandbox = Sandbox(
+                options.backend, options.workers, options.allow_unsafe, options.docker
+            )
         except SandboxError as error:
             raise UserError(f"reward.sandbox: {error}") from None
 

@@ -57,6 +57,7 @@ def examine(folder: Path = Path()) -> list[Line]:
         check_shm,
         check_sandbox,
         check_languages,
+        check_docker,
         check_packages,
         check_gpu,
         check_extras,
@@ -177,6 +178,17 @@ def check_languages() -> list[Line]:
         text = f"only for problems in these languages; {remedy}"
         lines.append(Line("languages missing", ", ".join(missing), "note", text))
     return lines
+
+
+def check_docker(summary: Callable[[], str] | None = None) -> list[Line]:
+    """The Docker engine, for those who want `backend: docker`; a note where there is none."""
+    from sandbox.docker import engine_summary
+    from sandbox.records import SandboxError
+
+    try:
+        return [Line("Docker", (summary or engine_summary)())]
+    except SandboxError as error:
+        return [Line("Docker", "none", "note", f"not needed for `make demo`; {error}")]
 
 
 def check_packages(version: Callable[[str], str] = importlib.metadata.version) -> list[Line]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from sandbox.docker import DockerOptions
 from sandbox.probe import BACKENDS
 from sandbox.records import Case, InvalidCase, Result, SandboxError, case_from_json
 from sandbox.service import MAX_WORKERS, Sandbox
@@ -19,14 +20,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", default="auto", choices=BACKENDS)
     parser.add_argument("--workers", type=int, default=None, help="default: one per CPU, up to 8")
     parser.add_argument("--allow-unsafe", action="store_true")
+    of_docker = parser.add_argument_group("with --backend docker")
+    of_docker.add_argument("--image", help=f"default: {DockerOptions.image}")
+    of_docker.add_argument("--host", help="the engine's address; default: DOCKER_HOST")
+    of_docker.add_argument("--runtime", help="another runtime of the engine, such as runsc")
+    of_docker.add_argument(
+        "--strict", action="store_true", default=None, help="a new container for every case"
+    )
     options = parser.parse_args(arguments)
+    given = {
+        name: value
+        for name in ("image", "host", "runtime", "strict")
+        if (value := vars(options)[name]) is not None
+    }
+    if given and options.backend != "docker":
+        parser.error(f"--{next(iter(given))}: is for --backend docker")
     if options.workers is not None and not 1 <= options.workers <= MAX_WORKERS:
         parser.error(f"--workers: {options.workers} is not between 1 and {MAX_WORKERS}")
     try:
-        with Sandbox(options.backend, options.workers, options.allow_unsafe) as sandbox:
+        with Sandbox(
+            options.backend, options.workers, options.allow_unsafe, DockerOptions(**given)
+        ) as sandbox:
             for chunk in _chunks(sys.stdin.buffer):
                 _judge_chunk(sandbox, chunk)
-    except SandboxError as error:
+    except (SandboxError, ValueError) as error:
         print(f"python -m sandbox: {error}", file=sys.stderr)
         return 2
     return 0

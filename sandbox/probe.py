@@ -74,11 +74,9 @@ def try_level(level: str) -> str | None:
 
 
 def choose_level(backend: str, allow_unsafe: bool) -> str:
-    """The level for `backend`. Raises SandboxError."""
-    if backend not in BACKENDS:
+    """The level of this machine for `backend` (not docker). Raises SandboxError."""
+    if backend not in ("auto", *LEVELS):
         raise SandboxError(f"backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    if backend == "docker":
-        raise SandboxError("backend 'docker' is not built yet; use auto, namespace or unsafe")
     if backend != "auto":
         reason = try_level(backend)
         if reason is not None:

@@ -19,7 +19,7 @@ from sandbox.comparison import same_output
 from sandbox.endings import how_it_ended
 from sandbox.languages import RUNNERS, Runner, advice
 from sandbox.payload import memory_file
-from sandbox.process import Ended, ZygoteProcess
+from sandbox.process import PROGRAMS, Ended, ZygoteProcess
 from sandbox.records import Case, Limits, StdinTest, TestResult, Verdict
 
 _PIPE_BYTES = 1 << 20
@@ -68,7 +68,7 @@ class Program:
         case = self._case
         if case.language == "python":
             return None
-        row = self._zygote("programs").languages.get(case.language)
+        row = self._zygote(PROGRAMS).languages.get(case.language)
         if row is None:
             raise MissingToolchain(advice(case.language))
         self._runner = runner = RUNNERS[row]
@@ -91,7 +91,7 @@ class Program:
         return TestResult(verdict, round(run.seconds, 4), message, round(run.ended.cpu, 4))
 
     def _run(self, role: str, limits: Limits, stdin: bytes = b"") -> _Run:
-        zygote = self._zygote("candidate" if role == "program" else "programs")
+        zygote = self._zygote("candidate" if role == "program" else PROGRAMS)
         start = time.monotonic()
         out_read, out_write = os.pipe()
         error_read, error_write = os.pipe()

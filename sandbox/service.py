@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
+from sandbox.docker import DockerLauncher, DockerOptions
 from sandbox.parsing import BATCH
 from sandbox.probe import choose_level
 from sandbox.records import Case, Result
@@ -21,20 +22,29 @@ class Sandbox:
 
     backend: `auto` takes the strongest level the machine permits (`probe`), `namespace` and
     `landlock` insist on theirs, `unsafe` is limits only. `auto` refuses to fall to that without
-    `allow_unsafe`.
+    `allow_unsafe`. `docker` runs everything in containers, as `docker` says (otherwise unused).
 
     Raises:
         SandboxError: a backend this machine does not have, with what to do about it.
     """
 
     def __init__(
-        self, backend: str = "auto", workers: int | None = None, allow_unsafe: bool = False
+        self,
+        backend: str = "auto",
+        workers: int | None = None,
+        allow_unsafe: bool = False,
+        docker: DockerOptions | None = None,
     ) -> None:
         count = min(len(os.sched_getaffinity(0)), 8) if workers is None else workers
         if not 1 <= count <= MAX_WORKERS:
             raise ValueError(f"workers: {count} is not between 1 and {MAX_WORKERS}")
-        self.backend = choose_level(backend, allow_unsafe)
-        self._workers = [Worker(self.backend) for _ in range(count)]
+        self._launcher: DockerLauncher | None = None
+        if backend == "docker":
+            self.backend = backend
+            self._launcher = DockerLauncher(docker or DockerOptions())
+        else:
+            self.backend = choose_level(backend, allow_unsafe)
+        self._workers = [Worker(self.backend, self._launcher) for _ in range(count)]
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -93,6 +103,8 @@ class Sandbox:
         self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._workers:
             worker.close()
+        if self._launcher is not None:
+            self._launcher.close()
 
 
 def run_cases(
@@ -100,7 +112,8 @@ def run_cases(
     backend: str = "auto",
     workers: int | None = None,
     allow_unsafe: bool = False,
+    docker: DockerOptions | None = None,
 ) -> list[Result]:
     """Judge `cases` once, with a sandbox of their own (starting it costs about 0.2 s)."""
-    with Sandbox(backend, workers, allow_unsafe) as sandbox:
+    with Sandbox(backend, workers, allow_unsafe, docker) as sandbox:
         return sandbox.run(cases)

@@ -6,7 +6,6 @@ candidate wrote is parsed here: its exit is a wait status.
 
 import contextlib
 import json
-import os
 import select
 import socket
 import time
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 from sandbox.endings import how_it_ended
 from sandbox.parsing import parse_texts
 from sandbox.payload import payload
-from sandbox.process import Ended, ZygoteError, ZygoteProcess
+from sandbox.process import Ended, Launcher, LocalLauncher, ZygoteError, ZygoteProcess
 from sandbox.programs import MissingToolchain, Program
 from sandbox.records import Case, Result, SandboxError, TestResult, Verdict
 from sandbox.weak import Plan, judge_weakly
@@ -37,10 +36,14 @@ class InvalidTest(Exception):
 
 
 class Worker:
-    """Judges cases one after the other. Not thread-safe. `close` it, or nothing else will."""
+    """Judges cases one after the other. Not thread-safe. `close` it, or nothing else will.
 
-    def __init__(self, level: str) -> None:
+    level: what results call their `backend`. launcher: where its zygotes live; None is here.
+    """
+
+    def __init__(self, level: str, launcher: Launcher | None = None) -> None:
         self._level = level
+        self._launcher = LocalLauncher(level) if launcher is None else launcher
         self._zygotes: dict[str, ZygoteProcess] = {}
 
     def close(self) -> None:
@@ -52,15 +55,18 @@ class Worker:
     def run(self, case: Case) -> Result:
         """Judge one case; never raises for what a candidate does."""
         start = time.monotonic()
-        reason = case.problem()
+        reason = case.problem() or self._launcher.problem(case.limits)
         if reason is not None:
             return Result(id=case.id, status="invalid_case", message=reason, backend=self._level)
+        tests: tuple[TestResult, ...] = ()
         try:
             tests = tuple(self._run_tests(case))
         except InvalidTest as error:
             return Result(
                 id=case.id, status="invalid_case", message=str(error), backend=self._level
             )
+        finally:
+            self._replace_worn(timed_out=any(test.verdict == "timeout" for test in tests))
         failed = any(test.verdict == "infra_error" for test in tests)
         return Result(
             id=case.id,
@@ -78,6 +84,8 @@ class Worker:
             except (ZygoteError, OSError) as error:
                 message = str(error)
                 self.close()
+            finally:
+                self._replace_worn(timed_out=False)  # `parse_texts` ends what hangs
         raise SandboxError(f"cannot parse in the sandbox: {message}")
 
     def _run_tests(self, case: Case) -> Iterator[TestResult]:
@@ -118,9 +126,13 @@ class Worker:
 
     def _zygote(self, role: str) -> ZygoteProcess:
         if role not in self._zygotes:
-            toolchains = os.environ.get("PATH", "") if role == "programs" else None
-            self._zygotes[role] = ZygoteProcess(self._level, toolchains)
+            self._zygotes[role] = ZygoteProcess(self._launcher, role)
         return self._zygotes[role]
+
+    def _replace_worn(self, timed_out: bool) -> None:
+        for role in list(self._zygotes):
+            if self._launcher.worn(role, self._zygotes[role].jobs, timed_out):
+                self._zygotes.pop(role).close()
 
     def _assert(self, judge: "Judge", code: int, index: int) -> TestResult:
         candidate = self._zygote("candidate")

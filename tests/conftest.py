@@ -1,6 +1,9 @@
-"""What all tests share: one process for all Ray tests, and skips that say what they need."""
+"""What all tests share: one process for all Ray tests and one for all Docker tests, and skips that
+say what they need.
+"""
 
 import importlib.util
+import os
 import shutil
 
 import pytest
@@ -12,18 +15,28 @@ def _missing(marker: str) -> str | None:
         import torch  # only if some test asks: it takes seconds
 
         return None if torch.cuda.is_available() else "needs a CUDA GPU"
-    if marker == "docker" and shutil.which("docker") is None:
-        return "needs docker"
+    if marker == "docker":
+        return _missing_for_docker()
     if marker == "vllm" and importlib.util.find_spec("vllm") is None:
         return "needs the vllm extra"
     return None
 
 
+def _missing_for_docker() -> str | None:
+    if os.geteuid() != 0:
+        return "needs root, to start a Docker engine"
+    tools = [t for t in ("dockerd", "containerd", "debootstrap") if shutil.which(t) is None]
+    if tools:
+        return f"needs {', '.join(tools)} (Debian: apt install docker.io debootstrap)"
+    return None if importlib.util.find_spec("docker") else "needs the docker extra"
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist turns the groups into parts of the names
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+        for group in ("ray", "docker"):
+            if item.get_closest_marker(group):
+                item.add_marker(pytest.mark.xdist_group(group))
         for marker in ("gpu", "docker", "vllm"):
             reason = _missing(marker) if item.get_closest_marker(marker) else None
             if reason:

@@ -5,8 +5,10 @@ Whatever a program built in there: names, permissions and depth are its choice.
 
 import contextlib
 import os
+import stat
 
 _MAX_FILES = 4096  # as many as the tmpfs of the namespace level holds
+_MAX_DEPTH = 100_000  # folders in folders; more than the limits on files let a test make
 
 
 def too_full(top: str, max_bytes: int) -> bool:
@@ -31,20 +33,41 @@ def too_full(top: str, max_bytes: int) -> bool:
 
 
 def remove(top: str) -> None:
-    """Delete `top` with all below it, once nobody uses it any more.
+    """Delete `top` with all below it, if it exists, once nobody uses it any more."""
+    with contextlib.suppress(FileNotFoundError):
+        empty(top)
+        os.rmdir(top)
 
-    Folders move up beside `top` before their turn: so depth costs neither stack nor path length.
+
+def empty(top: str) -> None:
+    """Delete all below `top`, once nobody writes there any more.
+
+    Folders move up into `top` before their turn: so depth costs neither stack nor path length.
+    Raises OSError if something stays: then nothing may run here again.
     """
-    folders = [top]
-    with contextlib.suppress(FileNotFoundError):  # `top` itself
-        for folder in folders:  # grows meanwhile
-            with os.scandir(folder) as listing:
-                entries = list(listing)
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    os.chmod(entry.path, 0o700)
-                    folders.append(f"{top}.{len(folders)}")
-                    os.rename(entry.path, folders[-1])
-                else:
-                    os.unlink(entry.path)
-            os.rmdir(folder)
+    token = ""
+    for depth in range(_MAX_DEPTH):
+        names = os.listdir(top)
+        if not names:
+            return
+        token = token or os.urandom(8).hex()  # a name that no program can have taken
+        for number, name in enumerate(names):
+            _remove(os.path.join(top, name), os.path.join(top, f"{token}.{depth}.{number}."))
+    raise OSError(f"{top}: cannot be emptied")
+
+
+def _remove(path: str, prefix: str) -> None:
+    """Delete `path`; folders in it become `prefix`0, `prefix`1 and so on."""
+    if not stat.S_ISDIR(os.lstat(path).st_mode):
+        os.unlink(path)
+        return
+    os.chmod(path, 0o700)
+    with os.scandir(path) as entries:
+        inner = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for number, (child, is_folder) in enumerate(inner):
+        if is_folder:
+            os.chmod(child, 0o700)  # moving a folder writes into it
+            os.rename(child, f"{prefix}{number}")
+        else:
+            os.unlink(child)
+    os.rmdir(path)

@@ -2,9 +2,12 @@
 
 Levels, strongest first: `namespace` (own user, pid, mount, ipc and uts namespaces inside the
 shell), `landlock` (files by Landlock, signals by seccomp, for containers that forbid namespaces),
-`unsafe` (limits and another uid only). seccomp and no_new_privs wherever the machine has them.
+`container` (signals by seccomp, files by the container around it: only where `container` is the
+first process), `unsafe` (limits and another uid only). seccomp and no_new_privs wherever the
+machine has them.
 """
 
+import contextlib
 import os
 import resource
 from collections.abc import Sequence
@@ -54,6 +57,19 @@ def limit(
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
+
+
+def volunteer_for_the_oom_killer(proc: int) -> None:
+    """Be the first to go, before the zygote and whatever else runs; `proc`: a descriptor of /proc.
+
+    In a container our zygote is not dumpable, which makes /proc/self root's: undone here, for this
+    process alone.
+    """
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+    with contextlib.suppress(OSError):  # then it goes by size, as usual
+        descriptor = os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=proc)
+        os.write(descriptor, b"1000")
+        os.close(descriptor)
 
 
 def seal(level: str, folder: str | None, spare: int | None, readable: Sequence[str] = ()) -> None:

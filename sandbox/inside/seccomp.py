@@ -33,18 +33,21 @@ _DENIED = {
 _DENIED_SHARED_PIDS = {
     "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
     "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434),
-    "setpriority": (141, 140), "sched_setaffinity": (203, 122),
+    "setpriority": (141, 140), "sched_setaffinity": (203, 122), "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119), "sched_setattr": (314, 274), "ioprio_set": (251, 30),
 }  # fmt: skip
 _OWN = 0x7EEEEEEE  # no pid is that large, no other constant of the program is that
 # name: (x86_64, aarch64, whether the pid 0 is oneself). getrlimit is prlimit64, the JVM needs it.
 _ONLY_SELF = {
     "kill": (62, 129, False), "tgkill": (234, 131, False), "prlimit64": (302, 261, True),
 }  # fmt: skip
+# F_SETOWN, F_SETSIG, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP: the kernel would send a signal for us.
+_DENIED_COMMANDS = {"fcntl": ((72, 25), (8, 10, 15)), "ioctl": ((16, 29), (0x8901, 0x8902))}
 _CLONE, _CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 
 _LOAD, _JUMP_EQ, _JUMP_GE, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_OFFSET_NUMBER, _OFFSET_ARCH, _OFFSET_ARG0 = 0, 4, 16
+_OFFSET_NUMBER, _OFFSET_ARCH, _OFFSET_ARG0, _OFFSET_ARG1 = 0, 4, 16, 24
 
 
 def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -91,6 +94,10 @@ def prepare(shared_pids: bool) -> bytes:
                 deny,
                 reload_number,
             ]
+        for numbers, commands in _DENIED_COMMANDS.values():
+            tests = [part for c in commands for part in (_op(_JUMP_EQ, c, 0, 1), deny)]
+            block = [_op(_LOAD, _OFFSET_ARG1), *tests, reload_number]
+            parts += [_op(_JUMP_EQ, numbers[column], 0, len(block)), *block]
     for left, numbers in zip(range(len(denied), 0, -1), denied.values(), strict=True):
         parts.append(_op(_JUMP_EQ, numbers[column], left, 0))  # to the last instruction
     return b"".join([*parts, _op(_RETURN, _ALLOW), deny])

@@ -53,6 +53,8 @@ _REPORT = 251  # where the first process of a jail tells how its program ended
 def main(options: dict[str, Any]) -> NoReturn:
     """Serve the worker at the other end of descriptor options["control"].
 
+    options["folder"]: where tests write, at the levels without a folder of their own. Nobody
+    else's: it is emptied after each test.
     options["events"]: a descriptor of our control group's memory events, if there is to be one:
     then the worker sends a go-ahead when we are in it. options["toolchains"]: where to look for
     other languages (as in PATH, empty: the usual places), if we are to serve them.
@@ -157,8 +159,8 @@ class Zygote:
             os.close(descriptor)
         status, cpu, excess = self._wait(child, request, folder)
         self._end_descendants()
-        if folder is not None:
-            folders.remove(folder)
+        if self._surroundings is None:
+            folders.empty(self._place.folder)
         status = int(os.read(reports, 100) or status)
         refused = os.read(complaints, 2000).decode()
         answer = {"status": status, "cpu": cpu, "excess": excess, "refused": refused}
@@ -258,7 +260,7 @@ class Zygote:
     def _confine(self, request: dict[str, Any], descriptors: list[int], folder: str | None) -> None:
         role, limits = request["role"], request["limits"]
         data = _read_all(descriptors[0])
-        self._offer_to_oom_killer()
+        jail.volunteer_for_the_oom_killer(self._place.proc)
         disk, processes = limits["disk_mib"], limits["processes"]
         if role == "judge":
             disk, processes = 1, None
@@ -288,14 +290,6 @@ class Zygote:
         place = self._place
         seal = functools.partial(jail.seal, place.level, folder, place.spare, place.readable)
         execute.serve(job, seal, _REPORT)
-
-    def _offer_to_oom_killer(self) -> None:
-        """Be the first to go, before the zygote and whatever else the machine runs."""
-        path = "self/oom_score_adj"
-        with contextlib.suppress(OSError):  # then it goes by size, as usual
-            descriptor = os.open(path, os.O_WRONLY, dir_fd=self._place.proc)
-            os.write(descriptor, b"1000")
-            os.close(descriptor)
 
 
 def _memory_mib(request: dict[str, Any]) -> int:

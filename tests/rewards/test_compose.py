@@ -4,10 +4,11 @@ import threading
 
 import pytest
 
-from common.config import load_config
+from common.config import dump_config, load_config
 from common.errors import InfrastructureError, UserError
 from common.records import Problem, StdinTest
 from rewards.compose import RewardConfig, Rewarder, RewardSection, verify_rewards
+from sandbox.docker import DockerOptions
 from sandbox.records import Result, SandboxError
 
 GOOD = "```python\ndef f(x):\n    return x + 1\n```"
@@ -241,6 +242,9 @@ def test_soft_overlong_takes_the_runs_length():
         ("max_failed_share: 2.0", "max_failed_share"),
         ("code_block: frist", "code_block"),
         ("sandbox: {backend: qemu}", "backend"),
+        ("sandbox: {docker: {imgae: x}}", "docker.imgae"),
+        ("sandbox: {docker: {memory_mib: 0}}", "docker.memory_mib"),
+        ("sandbox: {backend: docker, memory_mib: 4096}", "raise docker.memory_mib"),
     ],
 )
 def test_config_errors_name_the_key(tmp_path, yaml, text):
@@ -260,6 +264,15 @@ def test_a_good_config_loads(tmp_path):
     loaded = load_config(RewardConfig, file)
     assert loaded.functions[0].weight == 2.0 and loaded.code_block == "last"
     assert loaded.functions[1].options == {"max_penalty": -2}
+
+
+def test_a_config_of_containers_loads_and_is_dumped_whole(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("sandbox: {backend: docker, docker: {image: mine, runtime: runsc}}\n")
+    loaded = load_config(RewardConfig, file, ["sandbox.docker.strict=true"])
+    assert loaded.sandbox.docker == DockerOptions(image="mine", runtime="runsc", strict=True)
+    file.write_text(dump_config(loaded))
+    assert load_config(RewardConfig, file) == loaded
 
 
 def test_verify_fails_before_any_work(mine):

@@ -12,6 +12,7 @@ from rl.doctor import (
     EXTRAS,
     Line,
     check_disk,
+    check_docker,
     check_extras,
     check_gpu,
     check_languages,
@@ -23,6 +24,7 @@ from rl.doctor import (
     examine,
     show,
 )
+from sandbox.records import SandboxError
 
 
 def absent(name: str) -> str:
@@ -76,6 +78,16 @@ def test_languages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -
     assert found.found.startswith("python 3.") and "," not in found.found
     assert missing.state == "note" and "javascript, typescript, bash, c" in missing.found
     assert "go: install golang-go" in missing.remedy
+
+
+def test_a_docker_engine_is_shown_and_its_absence_is_no_fault() -> None:
+    def none() -> str:
+        raise SandboxError("no engine answers at unix:///nowhere")
+
+    assert check_docker(lambda: "engine 20.10")[0] == Line("Docker", "engine 20.10")
+    (line,) = check_docker(none)
+    assert line.state == "note"
+    assert "unix:///nowhere" in line.remedy
 
 
 def test_every_failing_line_has_a_remedy() -> None:

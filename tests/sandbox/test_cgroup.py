@@ -106,7 +106,7 @@ def test_groups_go_with_their_sandbox():
         assert len(own_groups()) == 2 * len(set(cgroup._hierarchy().folders.values()))
         for worker in sandbox._workers:
             for zygote in worker._zygotes.values():
-                os.kill(zygote._process.pid, signal.SIGKILL)
+                os.kill(zygote.home.process.pid, signal.SIGKILL)
         assert sandbox.run([case])[0].pass_rate == 1.0
     assert own_groups() == []
 
@@ -139,7 +139,7 @@ def test_a_stuck_zygote_is_replaced(level, monkeypatch):
         assert sandbox.run([case])[0].pass_rate == 1.0
         for role in ("candidate", "judge"):
             zygote = sandbox._workers[0]._zygotes[role]
-            pids = [zygote._process.pid]
+            pids = [zygote.home.process.pid]
             children = Path(f"/proc/{pids[0]}/task/{pids[0]}/children").read_text()
             for pid in [*pids, *map(int, children.split())]:
                 os.kill(pid, signal.SIGSTOP)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sandbox import probe
-from sandbox.process import ZygoteProcess
+from sandbox.process import LocalLauncher, ZygoteProcess
 from sandbox.records import Case, InvalidCase, Limits, SandboxError, case_from_json
 from sandbox.service import Sandbox, run_cases
 
@@ -120,27 +120,28 @@ def test_a_lost_zygote_costs_a_retry_not_a_verdict():
         assert sandbox.run([case])[0].pass_rate == 1.0
         worker = sandbox._workers[0]
         for zygote in worker._zygotes.values():
-            os.kill(zygote._process.pid, signal.SIGKILL)
+            os.kill(zygote.home.process.pid, signal.SIGKILL)
         assert sandbox.run([case])[0].pass_rate == 1.0
 
 
 def test_an_infrastructure_error_is_no_verdict(monkeypatch):
-    monkeypatch.setattr("sandbox.process._BOOT", "raise SystemExit(1)")
-    with Sandbox(workers=1) as sandbox:
+    with Sandbox(workers=1) as sandbox:  # probed, but no zygote started yet
+        monkeypatch.setattr("sandbox.process._BOOT", "raise SystemExit(1)")
         result = sandbox.run([Case(id="a", code="", tests=("assert True",))])[0]
     assert result.status == "infra_error"
     assert result.tests[0].verdict == "infra_error"
+    assert "status 1" in result.tests[0].message
 
 
 def test_zygotes_end_with_their_worker():
-    zygote = ZygoteProcess(probe.probe().level)
-    pid = zygote._process.pid
+    zygote = ZygoteProcess(LocalLauncher(probe.probe().level))
+    process = zygote.home.process
     zygote.control.close()  # as the kernel does for a worker that was killed
     for _ in range(100):
-        if zygote._process.poll() is not None:
+        if process.poll() is not None:
             break
         time.sleep(0.05)
-    assert zygote._process.poll() is not None, pid
+    assert process.poll() is not None, process.pid
     zygote.close()
 
 

@@ -53,6 +53,20 @@ def f(x):
         pass
     return 0
 """,
+    "kill_by_proxy": """
+import fcntl, os, signal
+def f(x):
+    for pid in (os.getppid(), 1, 2, 3, -1):
+        try:  # the kernel sends the owner of a descriptor a signal of our choice
+            reading, writing = os.pipe()
+            fcntl.fcntl(reading, 10, signal.SIGKILL)  # F_SETSIG
+            fcntl.fcntl(reading, fcntl.F_SETOWN, pid)
+            fcntl.fcntl(reading, fcntl.F_SETFL, os.O_ASYNC)
+            os.write(writing, b'x')
+        except OSError:
+            pass
+    return 0
+""",
     "stop_self": "import os, signal\ndef f(x):\n    os.kill(os.getpid(), signal.SIGSTOP)",
     "keyboard_interrupt": "def f(x):\n    raise KeyboardInterrupt",
     "segfault": "import ctypes\ndef f(x):\n    ctypes.string_at(0)",
@@ -396,8 +410,11 @@ GROUPS = {**EXITS, **LIES, **SEARCHES, **FORGERIES}
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_does_not_pass(judge, name):
-    assert judge(GROUPS[name]) in NO_PASS
+def test_does_not_pass(judge, in_bare_container, name):
+    code = GROUPS[name]
+    if in_bare_container:
+        code = code.replace("'self', ", "")  # its own memory: there it finds what it looks for
+    assert judge(code) in NO_PASS
 
 
 @pytest.mark.parametrize(

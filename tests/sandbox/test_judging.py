@@ -8,9 +8,10 @@ from sandbox.service import Sandbox
 LIMITS = Limits(seconds=20.0)
 
 
-@pytest.fixture(scope="module")
-def sandbox():
-    with Sandbox(workers=2) as made:
+@pytest.fixture(scope="module", params=["auto", pytest.param("docker", marks=pytest.mark.docker)])
+def sandbox(request):
+    docker = request.getfixturevalue("docker_options") if request.param == "docker" else None
+    with Sandbox(request.param, workers=2, docker=docker) as made:
         yield made
 
 

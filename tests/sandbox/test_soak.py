@@ -89,7 +89,7 @@ def pss_mib(pid: int | str) -> float:
 
 def figures(sandbox: Sandbox, processes_below) -> dict[str, float]:
     """MiB and descriptors of this process and of all zygotes; how many processes there are."""
-    tops = [z._process.pid for w in sandbox._workers for z in w._zygotes.values()]
+    tops = [z.home.process.pid for w in sandbox._workers for z in w._zygotes.values()]
     pids = [pid for top in tops for pid in (top, *processes_below(top))]
     return {
         "own MiB": pss_mib("self"),
@@ -98,7 +98,7 @@ def figures(sandbox: Sandbox, processes_below) -> dict[str, float]:
         "zygote descriptors": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
         "processes": len(pids),
         "folders": sum(
-            len(os.listdir(z._folder)) for w in sandbox._workers for z in w._zygotes.values()
+            len(os.listdir(z.home.folder)) for w in sandbox._workers for z in w._zygotes.values()
         ),
     }
 
