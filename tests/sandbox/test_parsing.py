@@ -9,8 +9,6 @@ import pytest
 
 from sandbox import parsing
 from sandbox.parsing import BATCH, MAX_CHARS, parse_texts
-from sandbox.probe import try_level
-from sandbox.service import Sandbox
 
 TEXTS = {
     "": True,
@@ -34,15 +32,6 @@ TEXTS = {
     "match x:\n    case [1, *_]:\n        pass\n": True,
     "print 'python 2'": False,
 }
-
-
-@pytest.fixture(scope="module", params=["namespace", "landlock"])
-def sandbox(request):
-    reason = try_level(request.param)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    with Sandbox(request.param, workers=1) as made:
-        yield made
 
 
 def test_each_text_gets_the_parsers_answer(sandbox):

@@ -4,22 +4,11 @@ import dataclasses
 
 import pytest
 
-from sandbox.probe import try_level
 from sandbox.records import Case, Limits, TestResult
-from sandbox.service import Sandbox
 
 LIMITS = Limits(seconds=30.0, memory_mib=256)
 MINE = "class Mine:\n    def __init__(self, n=0): self.n = n\n"
 TEST = MINE + "assert f(Mine(41)) == 42"
-
-
-@pytest.fixture(scope="module", params=["namespace", "landlock"])
-def sandbox(request):
-    reason = try_level(request.param)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    with Sandbox(request.param, workers=1) as made:
-        yield made
 
 
 def judge(sandbox, code: str, test: str = TEST, setup: str = "", limits=LIMITS) -> TestResult:
