@@ -76,10 +76,17 @@ def judge(sandbox):
         return result.tests[0].verdict
 
     assert_honest(sandbox)
-    before = state(sandbox)
+    before, files = state(sandbox), own_descriptors()
     yield one
     assert_honest(sandbox)
     assert state(sandbox) == before
+    if sandbox.backend != "docker":  # whose client keeps some connections for a while
+        assert own_descriptors() <= files  # an earlier test's client may let go of some meanwhile
+
+
+def own_descriptors() -> int:
+    """How many descriptors this process has."""
+    return len(os.listdir("/proc/self/fd"))
 
 
 def assert_honest(sandbox: Sandbox) -> None:
@@ -91,8 +98,6 @@ def state(sandbox: Sandbox) -> dict[str, object]:
     """What a test could leave: processes, descriptors, mounts, files and groups of each zygote."""
     (worker,) = sandbox._workers
     found: dict[str, object] = {}
-    if sandbox.backend != "docker":  # whose client keeps some connections for a while
-        found["own descriptors"] = len(os.listdir("/proc/self/fd"))
     for role, zygote in worker._zygotes.items():
         look = state_of_container if isinstance(zygote.home, DockerHome) else state_of_home
         found |= {f"{role}: {what}": how for what, how in look(zygote.home, sandbox).items()}
