@@ -289,6 +289,7 @@ from common.records import Problem
 from rl.config import TrainConfig
 from workers.cluster import RayCluster
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 config = TypeAdapter(TrainConfig).validate_json(sys.argv[1])
 cluster = RayCluster(config, with_learner=False)
 problems = [Problem(problem_id="p", prompt="x")]
