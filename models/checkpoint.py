@@ -1,9 +1,12 @@
 """Reading and writing checkpoints: a Hugging Face folder plus `diffusion.json`.
 
+Public folders (`models.families`) are brought in with `import_checkpoint`, or mapped while loading.
+
 Not training state (`models.engine` saves that). A saved folder loads in stock transformers with
 `AutoModelForCausalLM`, no remote code.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +20,15 @@ from transformers.utils import logging as hf_logging
 
 from common.errors import UserError
 from models.denoiser import Denoiser
-from models.spec import DiffusionSpec
+from models.public import ImportOptions, Plan, load_public, plan_import, public_plan
+from models.spec import SPEC_FILE, DiffusionSpec
 from models.tokenizer import check_tokenizer, load_tokenizer
 
 # Bars of a second's work would stand between the user and the one line that an error is.
 hf_logging.disable_progress_bar()
+
+# Largest file of weights: small enough to copy and to resume copying.
+SHARD = "5GB"
 
 # What transformers raises for a folder or a config that it does not take.
 REFUSALS = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
@@ -44,7 +51,7 @@ class Checkpoint:
 def load_checkpoint(
     folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Checkpoint:
-    """Load model, tokenizer and `diffusion.json`.
+    """Load model, tokenizer and `diffusion.json`; a public folder is mapped on the way.
 
     Raises:
         UserError: no such folder, no diffusion.json, weights that do not fit config.json, or a
@@ -52,6 +59,10 @@ def load_checkpoint(
     """
     folder = Path(folder)
     check_checkpoint(folder)
+    plan = public_plan(folder)
+    if plan is not None:
+        model = load_public(plan, dtype).to(device)
+        return Checkpoint(Denoiser(model, plan.spec), plan.tokenizer, folder)
     spec = DiffusionSpec.load(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -74,6 +85,41 @@ def load_checkpoint(
     return Checkpoint(Denoiser(model.to(device), spec), tokenizer, folder)
 
 
+def load_spec(folder: Path) -> DiffusionSpec:
+    """What `load_checkpoint` would say of a folder's logits, without its weights.
+
+    Raises:
+        UserError: no diffusion.json, and no public diffusion model either.
+    """
+    plan = public_plan(folder)
+    return DiffusionSpec.load(folder) if plan is None else plan.spec
+
+
+def import_checkpoint(source: Path, out: Path, options: ImportOptions) -> Plan:
+    """Write a public folder as one of ours; says what was understood.
+
+    Written under another name and renamed: `out` is whole or absent.
+
+    Raises:
+        UserError: `out` exists, or as `plan_import` and `load_public`.
+    """
+    check_checkpoint(source)
+    if (source / SPEC_FILE).exists():
+        raise UserError(f"{source}: has a {SPEC_FILE} already; use it as it is")
+    if out.exists():
+        raise UserError(f"{out}: exists already; remove it or write elsewhere")
+    plan = plan_import(source, options)
+    model = load_public(plan)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_checkpoint(partial, model, plan.tokenizer, plan.spec)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return plan
+
+
 def check_checkpoint(folder: Path) -> None:
     """UserError if `folder` cannot be a checkpoint; loads nothing."""
     if not (folder / "config.json").is_file():
@@ -92,7 +138,11 @@ def save_checkpoint(
 ) -> None:
     """Write a folder that stock transformers loads; `state` (HF names) replaces the own weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict=None if state is None else dict(state))  # type: ignore[operator]
+    model.save_pretrained(  # type: ignore[operator]
+        folder,
+        state_dict=None if state is None else dict(state),
+        max_shard_size=SHARD,
+    )
     tokenizer.save_pretrained(folder)
     spec.save(folder)
 

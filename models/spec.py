@@ -58,8 +58,8 @@ class DiffusionSpec:
             return DiffusionSpec(**json.loads(path.read_text()))
         except FileNotFoundError:
             raise UserError(
-                f"{path}: missing; a stage of `unmask pretrain` writes it; for a checkpoint from "
-                "elsewhere write mask_token_id, logit_shift, attention and block_size there"
+                f"{path}: missing; a stage of `unmask pretrain` writes it; bring a checkpoint from "
+                f"elsewhere in with `unmask import {folder} OUT`"
             ) from None
         except (json.JSONDecodeError, TypeError) as error:
             raise UserError(f"{path}: {error}") from error

@@ -8,12 +8,14 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from common.errors import UserError
 from common.records import Message
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+QWEN2_TOKENIZERS = ("DreamTokenizer", "Qwen2Tokenizer")
 PAD, EOS, MASK = "<|pad|>", "<|endoftext|>", "<|mask|>"
 
 
@@ -50,11 +52,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint folder; UserError if there is none or it has no EOS."""
     # The file as it stands: for some architectures (Qwen2) `AutoTokenizer` rebuilds it around the
     # family's own pre-tokenizer, and the same text would get other ids than in training.
-    verbatim = (Path(folder) / "tokenizer.json").is_file()
-    kind = PreTrainedTokenizerFast if verbatim else AutoTokenizer
+    files = {name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()}
+    kind = PreTrainedTokenizerFast if "tokenizer.json" in files else AutoTokenizer
     try:
-        tokenizer = kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        if files == {"vocab.json", "merges.txt"}:
+            tokenizer = _from_merges(Path(folder))
+        else:
+            tokenizer = kind.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: no tokenizer there ({reason})") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # made up from nothing by transformers
@@ -62,6 +67,45 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer has no EOS token; set eos_token in its config")
     return tokenizer
+
+
+def _from_merges(folder: Path) -> PreTrainedTokenizerFast:
+    """The stock Qwen2 tokenizer from vocab.json, merges.txt and tokenizer_config.json.
+
+    Dream and DiffuCoder ship these and a class of their own (`tokenization_dream.py`), which is
+    Qwen2's under another name; an unknown class would need remote code, and is refused.
+    """
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    kind = str(config.get("tokenizer_class", ""))
+    if kind.removesuffix("Fast") not in QWEN2_TOKENIZERS:
+        raise ValueError(
+            f"tokenizer_class {kind} needs code from the folder, which is never run; "
+            "save it once as tokenizer.json"
+        )
+    lines = (folder / "merges.txt").read_text().splitlines()
+    pairs = [line for line in lines if line and not line.startswith("#version")]
+    special = {
+        f"{role}_token": _text(config.get(f"{role}_token"))
+        for role in ("bos", "eos", "pad", "unk", "mask")
+    }
+    tokenizer = Qwen2Tokenizer(
+        vocab=json.loads((folder / "vocab.json").read_text()),
+        merges=[tuple(line.split(" ")) for line in pairs],
+    )
+    # In the order of their ids: each takes the next one, as it did where the folder was written.
+    added = sorted((int(i), token) for i, token in config["added_tokens_decoder"].items())
+    tokenizer.add_tokens([AddedToken(**token) for _, token in added])
+    for number, token in added:
+        if tokenizer.convert_tokens_to_ids(token["content"]) != number:
+            raise ValueError(f"added token {token['content']} does not get its id {number}")
+    tokenizer.add_special_tokens({role: text for role, text in special.items() if text})
+    tokenizer.chat_template = config.get("chat_template")
+    return tokenizer
+
+
+def _text(token: object) -> str | None:
+    """A token's text, from either of the two forms of tokenizer_config.json."""
+    return str(token["content"]) if isinstance(token, dict) else token  # type: ignore[return-value]
 
 
 def check_tokenizer(

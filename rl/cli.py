@@ -140,6 +140,43 @@ def generate(
         generate_text(model, prompt, problem, options)
 
 
+@app.command(
+    name="import",
+    epilog=example(
+        "unmask import models/DiffuCoder-7B-cpGRPO models/diffucoder",
+        "unmask import models/SDAR-4B-Chat models/sdar --block-size 4",
+        "unmask import models/Qwen2.5-Coder-0.5B models/start",
+        "unmask import models/my-llama models/start --mask-token '<|reserved_special_token_7|>'",
+    ),
+)
+def import_(
+    source: Annotated[Path, typer.Argument(help="downloaded folder (config.json, safetensors)")],
+    out: Annotated[Path, typer.Argument(help="checkpoint folder to write")],
+    family: Annotated[
+        str | None,
+        typer.Option(
+            help="where config.json does not tell: dream, sdar, llada, stable-diffcoder, or an AR "
+            "model (qwen2, qwen3, llama)"
+        ),
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="where config.json does not say it (SDAR)")
+    ] = None,
+    mask_token: Annotated[
+        str | None,
+        typer.Option(
+            help="text of a token to use as the mask; without it the checkpoint's own; for an AR "
+            "model a reserved token, else an unused row of the embedding, else a new one"
+        ),
+    ] = None,
+) -> None:
+    """Bring in a public checkpoint as a stock one with diffusion.json; runs no remote code."""
+    from rl.commands import import_folder
+
+    with exit_codes():
+        import_folder(source, out, family, block_size, mask_token)
+
+
 @app.command(epilog=example("unmask report", "unmask report runs/mine"))
 def report(
     run: Annotated[Path, typer.Argument(help="run folder, finished or not")] = Path("runs/demo"),

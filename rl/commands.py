@@ -1,4 +1,4 @@
-"""What `unmask evaluate`, `generate` and `problems export` do. Their options are in `rl.cli`."""
+"""What `unmask evaluate`, `generate`, `import` and `problems export` do; options: `rl.cli`."""
 
 import time
 from collections.abc import Sequence
@@ -14,8 +14,9 @@ from common.errors import UserError
 from common.progress import open_progress
 from common.records import Completion, Problem
 from common.seeding import derive_seed
-from models.checkpoint import load_checkpoint, load_tokenizer
+from models.checkpoint import import_checkpoint, load_checkpoint, load_tokenizer
 from models.decoding import Decoder, DecodingConfig, Request
+from models.public import ImportOptions
 from models.tokenizer import encode_prompt
 from rl.config import load_train_config
 from rl.data import EMBEDDED, load_problems
@@ -121,6 +122,21 @@ def generate_text(
             _play(console, pieces, completion)
         else:
             console.print(coloured(pieces, completion.step_map))
+
+
+def import_folder(
+    source: Path, out: Path, family: str | None, block_size: int | None, mask_token: str | None
+) -> None:
+    """Write a public checkpoint as one of ours and say what was understood."""
+    options = ImportOptions(family=family, block_size=block_size, mask_token=mask_token)
+    plan = import_checkpoint(source, out, options)
+    spec = plan.spec
+    blocks = f", block_size {spec.block_size}" if spec.attention == "block_causal" else ""
+    print(f"{out}: {plan.family.name}, stock {plan.family.stock}, {spec.attention}{blocks}")
+    print(f"logit shift {'yes' if spec.logit_shift else 'no'}; mask token "
+          f"{plan.tokenizer.mask_token} ({spec.mask_token_id}), {plan.mask_origin}")  # fmt: skip
+    if not plan.family.adapted:
+        print(f"an AR model, to be adapted: unmask pretrain start={out}")
 
 
 def coloured(pieces: Sequence[str], steps: Sequence[int], now: int | None = None) -> Text:

@@ -25,7 +25,7 @@ from common.exits import exit_codes
 from common.metrics import Sink, open_metrics
 from common.progress import Progress, open_progress
 from common.records import Problem
-from models.checkpoint import check_checkpoint
+from models.checkpoint import check_checkpoint, load_spec
 from models.spec import DiffusionSpec
 from models.tokenizer import check_tokenizer, encode_prompt, load_tokenizer
 from rewards.compose import verify_rewards
@@ -148,7 +148,7 @@ def prepare(config: TrainConfig) -> Job:
     """
     folder = Path(config.model.path)
     check_checkpoint(folder)
-    spec = DiffusionSpec.load(folder)
+    spec = load_spec(folder)
     try:
         config.rollout.decoding.resolve(spec)
     except UserError as error:
