@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from common.errors import UserError
@@ -233,7 +234,7 @@ def stock_config(family: Family, config: Mapping[str, Any], folder: Path) -> Pre
         # A token that the model does not have is said to be none, else the class has a default.
         tokens = {f"{kind}_token_id": None for kind in ("bos", "eos", "pad")}
         return AutoConfig.for_model(family.stock, **tokens | values)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise UserError(f"{folder}/config.json: {' '.join(str(error).split())[:200]}") from error
 
 

@@ -5,20 +5,30 @@ neither transformers nor our tables: it reads the public files, under their publ
 """
 
 import json
+import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Tokenizer
+from typer.testing import CliRunner
 
 from common.errors import UserError
+from models import checkpoint, public
 from models.checkpoint import import_checkpoint, load_checkpoint, load_spec
-from models.public import ImportOptions
+from models.decoding import Decoder, DecodingConfig, Request
+from models.public import ImportOptions, load_public, plan_import
 from models.spec import DiffusionSpec
+from models.tokenizer import train_tokenizer
+from rl.cli import app
 
 VOCABULARY, WIDTH, INNER, LAYERS, HEADS, KV_HEADS = 28, 16, 24, 3, 4, 2
 STOCK = {
@@ -323,6 +333,9 @@ def test_stored_dtype_is_kept(write_public: WritePublic, tmp_path: Path) -> None
     import_checkpoint(write_public("llada", state), tmp_path / "out", ImportOptions())
     kept = load_file(tmp_path / "out" / "model.safetensors")
     assert {value.dtype for value in kept.values()} == {torch.bfloat16}
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert stock.dtype == torch.bfloat16
+    assert load_checkpoint(tmp_path / "public-llada").denoiser.model.dtype == torch.float32
     gate = "model.transformer.blocks.2.ff_proj.weight"
     assert torch.equal(kept["model.layers.2.mlp.gate_proj.weight"], state[gate])
 
@@ -355,3 +368,337 @@ def test_a_tied_head_that_is_stored_must_be_the_embedding(
         return
     with pytest.raises(UserError, match=r"unexpected tensor lm_head\.weight.*ties it"):
         load_checkpoint(source)
+
+
+@pytest.mark.parametrize("kind", DIFFUSION)
+def test_decoding_reads_the_logits_where_the_family_puts_them(
+    write_public: WritePublic, kind: str
+) -> None:
+    """One greedy pass over four masks: with the shift, token i is read at position i - 1."""
+    loaded = load_checkpoint(write_public(kind))
+    prompt = (5, 9, 3, 17)
+    attention, block, shift = SPECS[kind]
+    ids = torch.tensor([*prompt, 2, 2, 2, 2])
+    logits = reference_logits(kind, random_weights(kind), ids, visible(attention, block, 8))
+    logits[:, 2] = float("-inf")  # the mask is never sampled
+    expected = logits[3:7] if shift else logits[4:8]
+    config = DecodingConfig(gen_length=4, steps_per_block=1, temperature=0.0)
+    (found,) = Decoder(loaded.denoiser, loaded.tokenizer).decode([Request(prompt, 0)], config)
+    wanted = expected.argmax(-1).tolist()
+    assert list(found.token_ids) == wanted[: len(found.token_ids)] and found.token_ids
+
+
+def forget_mask(folder: Path, vocabulary: int = 24, **extra: int) -> None:
+    """Give the folder a tokenizer of `vocabulary` words without a mask token, and `extra` ones."""
+    words = {"<|pad|>": 0, "<|endoftext|>": 1} | {f"w{n}": n for n in range(2, vocabulary)}
+    taken = set(extra.values())
+    words = {word: n for word, n in words.items() if n not in taken}
+    tokenizer = Tokenizer(WordLevel(words | extra))
+    tokenizer.add_special_tokens(list(extra))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|endoftext|>"
+    )
+    fast.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "reserved",
+    ["<[MASK_never_used_51bce0c785ca2f68081bfa7d91973934]>", "<|reserved_special_token_0|>"],
+)
+def test_a_reserved_token_becomes_the_mask(
+    write_public: WritePublic, tmp_path: Path, reserved: str
+) -> None:
+    source = write_public("llama")
+    forget_mask(source, **{reserved: 5})
+    plan = import_checkpoint(source, tmp_path / "out", ImportOptions())
+    loaded = load_checkpoint(tmp_path / "out")
+    assert plan.spec.mask_token_id == loaded.spec.mask_token_id == 5
+    assert loaded.tokenizer.mask_token == reserved and "reused" in plan.mask_origin
+
+
+def test_a_named_token_becomes_the_mask(write_public: WritePublic, tmp_path: Path) -> None:
+    source = write_public("qwen2")
+    forget_mask(source)
+    import_checkpoint(source, tmp_path / "out", ImportOptions(mask_token="w7"))
+    loaded = load_checkpoint(tmp_path / "out")
+    assert loaded.spec.mask_token_id == loaded.tokenizer.mask_token_id == 7
+
+
+def test_an_unused_row_becomes_the_mask(write_public: WritePublic, tmp_path: Path) -> None:
+    """Qwen2.5 embeds 152064 rows for 151665 tokens."""
+    source = write_public("qwen2")
+    forget_mask(source, vocabulary=24)
+    import_checkpoint(source, tmp_path / "out", ImportOptions())
+    loaded = load_checkpoint(tmp_path / "out")
+    assert loaded.spec.mask_token_id == 24 and loaded.tokenizer.encode("<|mask|>") == [24]
+    weights = loaded.denoiser.model.model.embed_tokens.weight
+    assert torch.equal(weights, random_weights("qwen2")["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_full_embedding_grows_by_the_mean_row(
+    write_public: WritePublic, tmp_path: Path, tied: bool
+) -> None:
+    state = random_weights("qwen3")
+    if tied:
+        del state["lm_head.weight"]
+    source = write_public("qwen3", state, tie_word_embeddings=tied)
+    forget_mask(source, vocabulary=VOCABULARY)
+    plan = import_checkpoint(source, tmp_path / "out", ImportOptions())
+    loaded = load_checkpoint(tmp_path / "out")
+    assert plan.grown and loaded.spec.mask_token_id == VOCABULARY
+    assert loaded.tokenizer.mask_token_id == VOCABULARY
+    model = loaded.denoiser.model
+    assert model.config.vocab_size == VOCABULARY + 1
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        grown = model.state_dict()[name]
+        before = state.get(name, state["model.embed_tokens.weight"])
+        assert torch.equal(grown[:-1], before)
+        torch.testing.assert_close(grown[-1], before.sum(0) / VOCABULARY)
+
+
+def test_sdar_as_published(write_public: WritePublic, tmp_path: Path) -> None:
+    """JetLM/SDAR-4B-Chat: neither the mask nor the block size is in config.json."""
+    source = write_public("sdar", block_size="absent", mask_token_id="absent")
+    forget_mask(source, **{"<|MASK|>": 6})
+    with pytest.raises(UserError, match="no block_size in it; give `unmask import --block-size N`"):
+        load_checkpoint(source)
+    import_checkpoint(source, tmp_path / "out", ImportOptions(block_size=16))
+    assert load_spec(tmp_path / "out") == DiffusionSpec(
+        mask_token_id=6, logit_shift=False, attention="block_causal", block_size=16
+    )
+
+
+def test_family_by_name_where_config_does_not_tell(
+    write_public: WritePublic, tmp_path: Path
+) -> None:
+    source = write_public("llama")
+    import_checkpoint(source, tmp_path / "out", ImportOptions(family="stable-diffcoder"))
+    assert load_spec(tmp_path / "out").block_size == 4
+
+
+def test_one_tensor_at_a_time(write_public: WritePublic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a second copy: when a tensor is read, the one before is gone; each is read once."""
+    read: list[tuple[str, weakref.ref[Tensor]]] = []
+
+    class Watched:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.file = safe_open(*args, **kwargs).__enter__()
+
+        def __enter__(self) -> "Watched":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file = None
+
+        def get_tensor(self, name: str) -> Tensor:
+            # One may still hold the tensor that this one replaces.
+            assert not any(tensor() is not None for _, tensor in read[:-1])
+            value = self.file.get_tensor(name)
+            read.append((name, weakref.ref(value)))
+            return value
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    plan = plan_import(write_public("dream"))
+    monkeypatch.setattr(public, "safe_open", Watched)
+    load_public(plan)
+    assert sorted(name for name, _ in read) == sorted(random_weights("dream"))
+
+
+def test_large_models_are_written_in_shards(
+    write_public: WritePublic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD", "4KB")
+    source, out = write_public("stable-diffcoder"), tmp_path / "out"
+    import_checkpoint(source, out, ImportOptions())
+    assert len(list(out.glob("*.safetensors"))) > 2 and (out / public.INDEX).is_file()
+    state = load_checkpoint(out).denoiser.model.state_dict()
+    assert all(torch.equal(state[n], v) for n, v in random_weights("stable-diffcoder").items())
+
+
+TEXTS = ["def f(xs):\n    return [x for x in xs if x % 2 == 0]\n", "# don't stop 20240\n\n  y = 1"]
+
+
+def as_dream_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
+    """Vocabulary, merges and a class of its own, as in apple/DiffuCoder-7B-cpGRPO."""
+    tokenizer.save_pretrained(folder)
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    special = {i: text for text, i in tokenizer.get_added_vocab().items()}
+    vocabulary = {text: i for text, i in model["vocab"].items() if i not in special}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    config = {
+        "tokenizer_class": kind,
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "added_tokens_decoder": {
+            str(i): {"content": text, "special": True, **flags} for i, text in special.items()
+        },
+        "eos_token": "<|endoftext|>",
+        "pad_token": {"content": "<|endoftext|>", **flags},
+        "mask_token": "<|mask|>",
+        "chat_template": "{{ messages[0].content }}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """As Qwen2's: the special tokens behind the vocabulary."""
+    trained = train_tokenizer(TEXTS, 280)
+    model = json.loads(trained.backend_tokenizer.to_str())["model"]
+    words = [w for w in model["vocab"] if w not in trained.get_added_vocab()]
+    found = Qwen2Tokenizer(
+        vocab={word: i for i, word in enumerate(words)},
+        merges=[tuple(pair) for pair in model["merges"]],
+    )
+    found.add_special_tokens({"mask_token": "<|mask|>"})
+    return found
+
+
+def test_dream_tokenizer_without_its_code(
+    write_public: WritePublic, tmp_path: Path, bytes_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = len(bytes_tokenizer)
+    state = random_weights("dream")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = torch.ones(rows, WIDTH)
+    mask = bytes_tokenizer.mask_token_id
+    source = write_public("dream", state, vocab_size=rows, mask_token_id=mask)
+    (source / "tokenizer.json").unlink()
+    as_dream_tokenizer(source, bytes_tokenizer, "DreamTokenizer")
+    import_checkpoint(source, tmp_path / "out", ImportOptions())
+    for folder in (source, tmp_path / "out"):
+        found = load_checkpoint(folder).tokenizer
+        for text in (*TEXTS, "<|mask|> x<|endoftext|>"):
+            assert found.encode(text) == bytes_tokenizer.encode(text)
+        assert (found.mask_token_id, found.eos_token) == (mask, "<|endoftext|>")
+        assert found.chat_template == "{{ messages[0].content }}"
+
+
+def test_unknown_tokenizer_code_is_not_run(
+    write_public: WritePublic, bytes_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    source = write_public("dream")
+    (source / "tokenizer.json").unlink()
+    as_dream_tokenizer(source, bytes_tokenizer, "NovelTokenizer")
+    with pytest.raises(UserError, match="NovelTokenizer needs code .* never run"):
+        load_checkpoint(source)
+
+
+def without(kind: str, name: str) -> dict[str, Tensor]:
+    return {key: value for key, value in random_weights(kind).items() if key != name}
+
+
+def cut(folder: Path) -> None:
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"cut")
+
+
+def lose_shard(folder: Path) -> None:
+    (folder / "model-00001-of-00002.safetensors").unlink()
+
+
+def lose_weights(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+
+
+ONES = torch.ones(4)
+GATE = "model.transformer.blocks.1.ff_proj.weight"
+# case: (family, tensors, config, damage to the folder, options, message)
+BAD: dict[str, tuple[Any, ...]] = {
+    "unknown family": ("dream", None, {"model_type": "mistral"}, None, [], "'mistral' is none of"),
+    "other family": (
+        "dream", None, {}, None, ["--family", "qwen3"], "--family qwen3: .* choose from dream",
+    ),
+    "no mask": (
+        "dream", None, {"mask_token_id": "absent"}, forget_mask, [],
+        "no mask token: .*--mask-token",
+    ),
+    "no such token": ("dream", None, {}, None, ["--mask-token", "<m>"], "has no such token"),
+    "other mask": (
+        "dream", None, {}, None, ["--mask-token", "w5"], "--mask-token w5 has id 5, but .* is 2",
+    ),
+    "mask outside": ("dream", None, {"mask_token_id": 99}, forget_mask, [], "99 is outside"),
+    "other block": (
+        "sdar", None, {}, None, ["--block-size", "8"], "--block-size 8: .* was trained with 4",
+    ),
+    "other block, by family": (
+        "stable-diffcoder", None, {}, None, ["--block-size", "8"], "was trained with 4",
+    ),
+    "no block": ("sdar", None, {"block_size": "absent"}, None, [], "no block_size in it"),
+    "no blocks": ("dream", None, {}, None, ["--block-size", "4"], "is bidirectional"),
+    "lacking tensor": ("llada", without("llada", GATE), {}, None, [], f"lack {GATE} .1 missing"),
+    "lacking bias": (
+        "dream", without("dream", "model.layers.0.self_attn.q_proj.bias"), {}, None, [],
+        r"lack model\.layers\.0\.self_attn\.q_proj\.bias",
+    ),
+    "extra tensor": (
+        "llada", random_weights("llada") | {"model.transformer.blocks.0.q_norm.weight": ONES},
+        {}, None, [], r"unexpected tensor model\.transformer\.blocks\.0\.q_norm\.weight",
+    ),
+    "more layers": ("sdar", None, {"num_hidden_layers": 2}, None, [], r"unexpected .*layers\.2\."),
+    "other shape": (
+        "llada", random_weights("llada") | {GATE: torch.ones(INNER, WIDTH + 1)}, {}, None, [],
+        rf"{GATE} has shape \[24, 17\], config.json asks for \[24, 16\]",
+    ),
+    "biased": ("llada", None, {"include_bias": True}, None, [], "include_bias is true; llada is"),
+    "window": ("dream", None, {"use_sliding_window": True}, None, [], "use_sliding_window is true"),
+    "no size": ("llada", None, {"n_kv_heads": "absent"}, None, [], "no n_kv_heads in it"),
+    "bad size": ("dream", None, {"hidden_size": "16"}, None, [], "config.json: .*hidden_size"),
+    "quantised": ("dream", None, {"quantization_config": {}}, None, [], "weights are quantised"),
+    "lost shard": ("dream", None, {}, lose_shard, [], "00001-of-00002.safetensors: missing"),
+    "cut shard": ("dream", None, {}, cut, [], "cannot read the weights"),
+    "no weights": ("dream", None, {}, lose_weights, [], "no model.safetensors"),
+    "no tokenizer": (
+        "dream", None, {}, lambda f: (f / "tokenizer.json").unlink(), [], "no tokenizer there",
+    ),
+    "cut config": (
+        "dream", None, {}, lambda f: (f / "config.json").write_text("{"), [], "cannot be read",
+    ),
+    "ours already": (
+        "dream", None, {}, lambda f: (f / "diffusion.json").write_text("{}"), [], "use it as it is",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_one_line_and_writes_nothing(
+    write_public: WritePublic, tmp_path: Path, case: str
+) -> None:
+    kind, state, config, damage, options, message = BAD[case]
+    source = write_public(kind, state, **config)
+    if damage:
+        damage(source)
+    found = CliRunner().invoke(app, ["import", str(source), str(tmp_path / "out"), *options])
+    assert found.exit_code == 2, found.output
+    assert re.search(message, found.stderr) and found.stderr.count("\n") == 1, found.stderr
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_command_says_what_it_understood(write_public: WritePublic, tmp_path: Path) -> None:
+    source, out = write_public("sdar"), tmp_path / "out"
+    found = CliRunner().invoke(app, ["import", str(source), str(out)])
+    assert found.exit_code == 0, found.output
+    assert "sdar, stock qwen3, block_causal, block_size 4" in found.stdout
+    assert "<|mask|> (2), the checkpoint's own" in found.stdout
+    again = CliRunner().invoke(app, ["import", str(source), str(out)])
+    assert again.exit_code == 2 and "exists already" in again.stderr
+    assert load_spec(out).block_size == 4  # what was there still is
+
+
+def test_an_interrupted_import_leaves_nothing(
+    write_public: WritePublic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(DiffusionSpec, "save", full)  # the last file
+    source = write_public("dream")
+    with pytest.raises(OSError, match="No space left"):
+        import_checkpoint(source, tmp_path / "out", ImportOptions())
+    assert list(tmp_path.iterdir()) == [source]
