@@ -25,6 +25,7 @@ from common.errors import UserError
 from models import checkpoint, public
 from models.checkpoint import import_checkpoint, load_checkpoint, load_spec
 from models.decoding import Decoder, DecodingConfig, Request
+from models.families import find_family, stock_config
 from models.public import ImportOptions, load_public, plan_import
 from models.spec import DiffusionSpec
 from models.tokenizer import train_tokenizer
@@ -702,3 +703,83 @@ def test_an_interrupted_import_leaves_nothing(
     with pytest.raises(OSError, match="No space left"):
         import_checkpoint(source, tmp_path / "out", ImportOptions())
     assert list(tmp_path.iterdir()) == [source]
+
+
+# From the config.json of the released models, and the tensors their index.json lists.
+PUBLISHED: dict[str, tuple[dict[str, Any], int, float]] = {
+    "apple/DiffuCoder-7B-Instruct": (
+        {
+            **DREAM,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "mask_token_id": 151666,
+            "max_position_embeddings": 131072,
+            "num_attention_heads": 28,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "vocab_size": 152064,
+        },
+        28 * 12 + 3,
+        7.62e9,
+    ),
+    "JetLM/SDAR-4B-Chat": (
+        {
+            **SDAR,
+            "head_dim": 128,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 8,
+            "rope_theta": 1000000,
+            "vocab_size": 151936,
+        },
+        399,
+        4.41e9,
+    ),
+    "GSAI-ML/LLaDA-8B-Instruct": (
+        {
+            **LLADA,
+            "d_model": 4096,
+            "embedding_size": 126464,
+            "mlp_hidden_size": 12288,
+            "n_heads": 32,
+            "n_kv_heads": 32,
+            "n_layers": 32,
+            "rope_theta": 500000.0,
+            "vocab_size": 126464,
+        },
+        291,
+        8.02e9,
+    ),
+    "ByteDance-Seed/Stable-DiffCoder-8B-Instruct": (
+        {
+            **DIFFCODER,
+            "head_dim": 128,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "rope_theta": 500000.0,
+            "vocab_size": 155136,
+        },
+        291,
+        8.25e9,
+    ),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_sizes(model: str) -> None:
+    """Shapes only: nothing is allocated on the meta device."""
+    values, tensors, parameters = PUBLISHED[model]
+    family = find_family(values, Path(model))
+    config = stock_config(family, values, Path(model))
+    with torch.device("meta"):
+        state = AutoModelForCausalLM.from_config(config).state_dict()
+    assert len(state) == tensors
+    assert sum(value.numel() for value in state.values()) == pytest.approx(parameters, rel=2e-3)
+    assert config.rope_parameters["rope_theta"] == values["rope_theta"]
