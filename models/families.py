@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from common.errors import UserError
 from models.spec import Attention
+from models.tokenizer import MASK
 
 # Bookkeeping of the library that wrote the file; the stock class writes its own.
 BOOKKEEPING = {
@@ -126,15 +127,15 @@ LLADA_WEIGHTS = {
     "model.transformer.blocks.N.ff_out": "model.layers.N.mlp.down_proj",
 }
 
-# Tokens that makers of AR models left unused: Seed-Coder (tokenizer_config.json, id 5; its
-# diffusion child Stable-DiffCoder made it the mask), Llama 3 (128002).
-RESERVED = (r"<\[MASK_never_used_\w+\]>", r"<\|reserved_special_token_0\|>")
+# Seed-Coder left it unused (tokenizer_config.json, id 5); Stable-DiffCoder made it the mask.
+SEED_MASK = r"<\[MASK_never_used_\w+\]>"
 
 # An AR model predicts token i from position i - 1, seeing nothing later: the same facts as those
 # of the AR stage of `unmask pretrain`.
 _AR: dict[str, Any] = {
     "attention": "causal", "logit_shift": True, "block_size": 1, "adapted": False,
-    "mask_tokens": RESERVED,
+    # Our own, from an earlier import; then what the makers left unused: Seed-Coder, Llama 3.
+    "mask_tokens": (re.escape(MASK), SEED_MASK, r"<\|reserved_special_token_0\|>"),
 }  # fmt: skip
 
 FAMILIES = (
@@ -158,7 +159,7 @@ FAMILIES = (
     # marked in `architectures`/`auto_map` only; block 4 (arXiv 2601.15892).
     Family(
         name="stable-diffcoder", model_type="llama", stock="llama", attention="block_causal",
-        logit_shift=False, mark="diffcoder", block_size=4, mask_tokens=RESERVED[:1],
+        logit_shift=False, mark="diffcoder", block_size=4, mask_tokens=(SEED_MASK,),
     ),
     # Plain AR checkpoints (Qwen2.5-Coder, Qwen3, Llama, Seed-Coder): where adaptation starts.
     Family(name="qwen2", model_type="qwen2", stock="qwen2", required=NO_WINDOW, **_AR),

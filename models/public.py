@@ -122,11 +122,10 @@ def _new_mask(
     free = max(tokenizer.get_vocab().values()) + 1
     tokenizer.add_special_tokens({"mask_token": MASK})
     mask = int(tokenizer.mask_token_id)
-    # An existing token of that text is reused; else the id is the first behind the vocabulary.
-    if mask > free or free > config.vocab_size:
+    if mask != free or free > config.vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has ids up to {free - 1} but the model embeds "
-            f"{config.vocab_size}; the folder mixes two checkpoints"
+            f"{folder}: the tokenizer has ids up to {free - 1} (a new one gets {mask}), the model "
+            f"embeds {config.vocab_size}; choose a token with `unmask import --mask-token TEXT`"
         )
     return mask, mask == config.vocab_size
 

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from common.errors import UserError
-from models.checkpoint import load_checkpoint
+from models.checkpoint import import_checkpoint, load_checkpoint
 from models.decoding import Decoder, DecodingConfig, Request
+from models.public import ImportOptions
 from models.tokenizer import encode_prompt
 from pretrain.config import PretrainConfig
 from pretrain.sources import load_examples
@@ -232,6 +233,28 @@ def test_start_from_a_tokenizer_without_a_mask_token(
     (folder,) = Pretraining(config_of(values)).run(memory, memory)
     found = load_checkpoint(folder)
     assert found.spec.mask_token_id == found.tokenizer.mask_token_id == 2
+
+
+def test_adaptation_of_a_plain_ar_model(
+    run: Path, tmp_path: Path, make_values: MakeValues, memory: Any
+) -> None:
+    """A folder as anybody's AR model: no diffusion.json, no mask token, a full embedding."""
+    plain = Path(shutil.copytree(stage_folder(run, "ar"), tmp_path / "plain"))
+    (plain / "diffusion.json").unlink()
+    settings = json.loads((plain / "tokenizer_config.json").read_text())
+    del settings["mask_token"]
+    (plain / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokens = (plain / "tokenizer.json").read_text()
+    (plain / "tokenizer.json").write_text(tokens.replace("<|mask|>", "<|other|>"))
+    plan = import_checkpoint(plain, tmp_path / "start", ImportOptions())
+    rows = load_checkpoint(stage_folder(run, "ar")).denoiser.model.config.vocab_size
+    assert plan.grown and plan.spec.mask_token_id == rows
+    values = make_values(tmp_path / "run", start=str(tmp_path / "start"), architecture={})
+    values["stages"] = values["stages"][1:]
+    folders = Pretraining(config_of(values)).run(memory, memory)
+    found = load_checkpoint(folders[-1])
+    assert found.spec.attention == "block_causal"
+    assert found.spec.mask_token_id == found.tokenizer.mask_token_id == rows
 
 
 def test_other_objectives(tmp_path: Path, make_values: MakeValues, memory: Any) -> None:

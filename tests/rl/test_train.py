@@ -1,6 +1,7 @@
 """`unmask train` end to end on a two-layer model in one process, and everything it refuses."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,27 @@ class Notes:
             for step, values in self.records
             if "policy/loss" in values
         ]
+
+
+def test_a_public_folder_is_trained_as_it_is(
+    checkpoint: Path, config_file: Path, tmp_path: Path
+) -> None:
+    """DiffuCoder's layout: no diffusion.json, a model_type that transformers does not know."""
+    public = Path(shutil.copytree(checkpoint, tmp_path / "public"))
+    (public / "diffusion.json").unlink()
+    config = json.loads((public / "config.json").read_text())
+    config |= {"model_type": "Dream", "architectures": ["DreamModel"], "mask_token_id": 2}
+    (public / "config.json").write_text(json.dumps(config))
+    overrides = [f"model.path={public}", "train.steps=1", "train.eval_every=0"]
+    overrides.append("rollout.decoding.steps_per_block=8")
+    settings = load_train_config(config_file, overrides)
+    run_training(settings, Notes(), SilentProgress())
+    out = settings.run.path / "rl" / "hf"
+    assert load_checkpoint(out).spec == DiffusionSpec(
+        mask_token_id=2, logit_shift=True, attention="bidirectional", block_size=None
+    )
+    moved = [(weights(out)[name] - value).abs().max() for name, value in weights(public).items()]
+    assert 0 < max(moved) < 0.1
 
 
 @pytest.mark.parametrize("name", ["tiny_cpu", "diffucoder_7b", "stable_diffcoder_8b"])
