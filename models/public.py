@@ -73,7 +73,10 @@ def public_plan(folder: Path) -> Plan | None:
     """
     if (folder / SPEC_FILE).exists():
         return None
-    family = find_family(read_json(folder / "config.json"), folder)
+    try:
+        family = find_family(read_json(folder / "config.json"), folder)
+    except UserError as error:
+        raise UserError(f"{error}; for any other model {SPEC_FILE} must stand beside it") from error
     return plan_import(folder) if family.adapted else None
 
 
