@@ -145,8 +145,9 @@ FAMILIES = (
         name="dream", model_type="Dream", stock="qwen2", attention="bidirectional",
         logit_shift=True, required=NO_WINDOW,
     ),
-    # huggingface.co/JetLM/SDAR-{1.7B,4B,8B}-Chat[-bN]: config.json has no mask and often no block
-    # size; `<|MASK|>` is in added_tokens.json (151669). Qwen3 with another attention mask.
+    # huggingface.co/JetLM/SDAR-4B-Chat: its config.json has neither mask nor block size, which
+    # fine-tuned copies do have; `<|MASK|>` is an added token (151669). Qwen3, seen through blocks.
+    # No shift: github.com/JetAstra/SDAR generate.py.
     Family(
         name="sdar", model_type="sdar", stock="qwen3", attention="block_causal",
         logit_shift=False, required=NO_WINDOW, mask_tokens=(r"<\|MASK\|>",),

@@ -708,7 +708,8 @@ def test_an_interrupted_import_leaves_nothing(
     assert list(tmp_path.iterdir()) == [source]
 
 
-# From the config.json of the released models, and the tensors their index.json lists.
+# From the config.json of the released models. The tensors are counted from the length of the
+# index.json (LLaDA, Stable-DiffCoder; SDAR: of a fine-tuned copy) or of the layers (DiffuCoder).
 PUBLISHED: dict[str, tuple[dict[str, Any], int, float]] = {
     "apple/DiffuCoder-7B-Instruct": (
         {
