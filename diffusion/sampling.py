@@ -1,7 +1,8 @@
 """From logits to one token and its confidence. Not the choice of positions (`diffusion.unmasking`).
 
 Tokens are drawn by inverting the cumulative distribution at a uniform number that belongs to the
-request and the position, so a draw does not depend on which other rows share the batch.
+request and the position, so a draw does not depend on which other rows share the batch. Every
+setting is one number, or one per row: requests with settings of their own share a batch.
 """
 
 import torch
@@ -9,37 +10,70 @@ from torch import Tensor
 
 
 def target_distribution(
-    logits_NV: Tensor, temperature: float, top_p: float, top_k: int, mask_token_id: int
+    logits_NV: Tensor,
+    temperature: Tensor | float,
+    top_p: Tensor | float,
+    top_k: Tensor | int,
+    mask_token_id: int,
 ) -> Tensor:
     """The distribution that is sampled from: float32 [N, V], rows sum to 1.
 
     The mask token is excluded first, then temperature, top-k, top-p (nucleus: the smallest set of
     likeliest tokens whose mass reaches `top_p`). temperature 0 keeps the model's own
-    distribution: the greedy choice is made by `draw`.
+    distribution: the greedy choice is made by `draw`. Settings are numbers or [N].
     """
-    logits = logits_NV.float().clone()
+    logits = logits_NV.to(torch.float32, copy=True)
     logits[:, mask_token_id] = float("-inf")
-    if temperature > 0:
-        logits /= temperature
-    if top_k > 0:
-        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
+    heat = per_row(temperature, logits)
+    logits /= heat.where(heat > 0, 1.0)[:, None]
+    _keep_top_k(logits, per_row(top_k, logits).long())
     probs = logits.softmax(-1)
-    if top_p < 1.0:
-        ordered, index = probs.sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass strictly likelier than this token
-        ordered = ordered.masked_fill(before >= top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
-        probs = probs / probs.sum(-1, keepdim=True)
+    _keep_nucleus(probs, per_row(top_p, logits))
     return probs
 
 
-def draw(probs_NV: Tensor, uniform_N: Tensor, temperature: float) -> Tensor:
+def draw(probs_NV: Tensor, uniform_N: Tensor, temperature: Tensor | float) -> Tensor:
     """One token per row, int64 [N]: arg max at temperature 0, else the inverse CDF at uniform."""
-    if temperature == 0:
-        return probs_NV.argmax(-1)
-    cumulative = probs_NV.double().cumsum(-1)
-    point = uniform_N.double()[:, None] * cumulative[:, -1:]
-    # right=True: a token of probability zero is never hit, not even by a uniform of exactly 0.
-    index = torch.searchsorted(cumulative, point, right=True)[:, 0]
-    return index.clamp(max=probs_NV.shape[-1] - 1)
+    token = probs_NV.argmax(-1)
+    warm = (per_row(temperature, probs_NV) > 0).nonzero()[:, 0]
+    if len(warm):
+        cumulative = _rows(probs_NV, warm).double().cumsum(-1)
+        point = uniform_N[warm].double()[:, None] * cumulative[:, -1:]
+        # right=True: a token of probability zero is never hit, not even by a uniform of exactly 0.
+        index = torch.searchsorted(cumulative, point, right=True)[:, 0]
+        token[warm] = index.clamp(max=probs_NV.shape[-1] - 1)
+    return token
+
+
+def per_row(setting: Tensor | float, like_N: Tensor) -> Tensor:
+    """A setting as float32 [N] beside `like_N` [N, ...]."""
+    value = torch.as_tensor(setting, dtype=torch.float32, device=like_N.device)
+    return value.expand(like_N.shape[0])
+
+
+def _keep_top_k(logits_NV: Tensor, top_k_N: Tensor) -> None:
+    """In place, and only where a row asks for it: the filters cost more than the softmax."""
+    rows = ((top_k_N > 0) & (top_k_N < logits_NV.shape[-1])).nonzero()[:, 0]
+    if not len(rows):
+        return
+    count, part = top_k_N[rows], _rows(logits_NV, rows)
+    best = part.topk(int(count.max()), dim=-1).values
+    least = best.gather(1, count[:, None] - 1)
+    logits_NV[rows] = part.masked_fill(part < least, float("-inf"))
+
+
+def _keep_nucleus(probs_NV: Tensor, top_p_N: Tensor) -> None:
+    rows = (top_p_N < 1.0).nonzero()[:, 0]
+    if not len(rows):
+        return
+    part = _rows(probs_NV, rows)
+    ordered, index = part.sort(dim=-1, descending=True)
+    before = ordered.cumsum(-1) - ordered  # mass strictly likelier than this token
+    ordered = ordered.masked_fill(before >= top_p_N[rows][:, None], 0.0)
+    part = torch.zeros_like(part).scatter(-1, index, ordered)
+    probs_NV[rows] = part / part.sum(-1, keepdim=True)
+
+
+def _rows(values_NV: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a big tensor; no copy where it is all of them."""
+    return values_NV if len(rows) == len(values_NV) else values_NV[rows]

@@ -1,43 +1,90 @@
-"""Preallocated key/value memory for block decoding. Not a policy: the decoder says what is final.
+"""Preallocated key/value memory of the decoder's slots. Not a policy: windows say what is final.
 
-Exact for block-causal models: finished blocks never change, and the block under work is written
-again in every pass, over its own slots.
+A slot is one row of memory that requests use one after the other. Nothing is wiped when one
+leaves: a request sees only places that it has written itself.
 """
+
+from typing import Any
 
 from torch import Tensor
 
+from common.errors import UserError
+from models.denoiser import Denoiser
 
-class BlockCache:
-    """Keys and values [rows, heads, slots, head_dim] per layer, written at a moving window.
+MIB = 2**20
+Rows = slice | Tensor
 
+
+class SlotCache:
+    """Keys and values [slots, heads, places + 1, head_dim] per layer.
+
+    The last place is a dump: what padding computes is written there, and nobody may see it.
     Quacks like a transformers `Cache` as far as stock attention layers ask: `update` only.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, places: int) -> None:
         self.slots = slots
-        self.start = 0
+        self.dump = places
         self._layers: list[tuple[Tensor, Tensor]] = []
 
+    def aim(self, rows: Rows, row_index: Tensor, places: Tensor, seen: int | None) -> None:
+        """Where the next pass writes and what it reads.
+
+        Args:
+            rows: the slots of the pass; a slice is read without a copy.
+            row_index: the same as numbers, [A].
+            places: [A, W] where each token's key and value go.
+            seen: the pass reads places [0, seen); None: only what it brings itself (its tokens
+                are the first of their rows).
+        """
+        self.rows, self.row_index, self.places, self.seen = rows, row_index, places, seen
+
     def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Store at [start, start + new) and return everything up to there."""
+        """Store [A, heads, W, head_dim]; return the keys and values that the pass may look at."""
         if layer == len(self._layers):
-            shape = (*key.shape[:2], self.slots, key.shape[-1])
+            shape = (self.slots, key.shape[1], self.dump + 1, key.shape[-1])
+            # Zeros, not empty: a masked key has weight zero, and zero times NaN is NaN.
             self._layers.append((key.new_zeros(shape), value.new_zeros(shape)))
         keys, values = self._layers[layer]
-        end = self.start + key.shape[2]
-        keys[:, :, self.start : end] = key
-        values[:, :, self.start : end] = value
-        return keys[:, :, :end], values[:, :, :end]
+        slot = self.row_index[:, None]
+        keys[slot, :, self.places] = key.transpose(1, 2)
+        values[slot, :, self.places] = value.transpose(1, 2)
+        if self.seen is None:
+            return key, value
+        return keys[self.rows, :, : self.seen], values[self.rows, :, : self.seen]
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop all rows but `rows` (int64): finished requests free their memory."""
-        self._layers = [(k[rows], v[rows]) for k, v in self._layers]
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy slots `source` over slots `target` (int64 [N] each, disjoint)."""
+        for pair in self._layers:
+            for memory in pair:
+                memory[target] = memory[source]
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Tokens stored before the window (asked by stock models for default positions)."""
-        return self.start
+        """Asked by stock models for default positions; ours are always given."""
+        return 0
 
 
-def prompt_positions(slots: Tensor, pad: Tensor) -> Tensor:
-    """Position ids [R, S] of slots [S] in rows whose prompts start after `pad` [R] slots."""
-    return (slots[None, :] - pad[:, None]).clamp(min=0)
+def slot_bytes(denoiser: Denoiser, places: int) -> int:
+    """Bytes of one slot with room for `places` tokens."""
+    config: Any = denoiser.model.config
+    heads = config.num_attention_heads
+    # Not every class has head_dim, and where it is there it may be None.
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * size
+    return numbers * (places + 1) * next(denoiser.parameters()).element_size()
+
+
+def affordable_slots(denoiser: Denoiser, places: int, wanted: int, cache_mib: int) -> int:
+    """How many of `wanted` slots fit into `cache_mib`.
+
+    Raises:
+        UserError: not even one.
+    """
+    each = slot_bytes(denoiser, places)
+    slots = min(wanted, cache_mib * MIB // each)
+    if not slots:
+        raise UserError(
+            f"decoding.cache_mib {cache_mib}: one request of {places} tokens needs {each} bytes of "
+            f"key/value cache; set it to {-(-each // MIB)} or more, or shorten gen_length"
+        )
+    return slots

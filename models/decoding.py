@@ -1,114 +1,67 @@
-"""The decoder: prompts in, completions out. One public call for rollout, evaluation, `generate`.
+"""The decoder: requests in, completions out. One public call for rollout, evaluation, `generate`.
 
-Not the maths of a step (`diffusion.sampling`, `diffusion.unmasking`). A completion is a function
-of (weights, request, seed): its random numbers belong to the request, never to the batch.
+Not the maths of a step (`diffusion.sampling`, `diffusion.unmasking`) and not what the network is
+shown (`models.windows`). Rows are independent: each has its own settings, block and step, and a
+finished row's slot is given to the next request at once.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from common.errors import UserError
+from common.errors import InfrastructureError, UserError
 from common.records import Completion
-from diffusion.masking import generator
 from diffusion.sampling import draw, target_distribution
-from diffusion.unmasking import Remasking, choose, confidence
+from diffusion.unmasking import choose, mixed_confidence, ranking
+from models.cache import SlotCache, affordable_slots
 from models.denoiser import Denoiser
-from models.spec import DiffusionSpec
-from models.windows import BlockWindow, CanvasWindow, Window
+from models.request import DecodingConfig, Request
+from models.slots import Slots
+from models.windows import BlockWindow, CachedCanvasWindow, CanvasWindow, Window
 
-
-@dataclass(frozen=True, kw_only=True)
-class DecodingConfig:
-    """How to decode.
-
-    gen_length: tokens of the canvas, a multiple of block_size.
-    block_size: tokens per block; None takes the checkpoint's (the whole canvas if it has none).
-    steps_per_block: denoising passes per block; None is one token a step.
-    temperature: 0 is greedy. top_p, top_k: nucleus and top-k filters (1.0 and 0 are off).
-    remasking: which positions are fixed first.
-    threshold: fix every position surer than this; steps_per_block is not used then.
-    max_rows: requests decoded side by side; bounds the memory of the key/value cache.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
-
-    gen_length: int
-    block_size: int | None = None
-    steps_per_block: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    remasking: Remasking = "low_confidence"
-    threshold: float | None = None
-    max_rows: int = 256
-
-    def __post_init__(self) -> None:
-        sizes = (self.gen_length, self.block_size, self.steps_per_block, self.max_rows)
-        if any(size is not None and size < 1 for size in sizes):
-            raise ValueError(
-                "gen_length, block_size, steps_per_block and max_rows must be at least 1"
-            )
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError("temperature and top_k must not be negative, 0 < top_p <= 1")
-
-    def resolve(self, spec: DiffusionSpec) -> tuple[int, int]:
-        """(block_size, passes per block) for a checkpoint; UserError if they do not fit it."""
-        block = self.block_size or spec.block_size or self.gen_length
-        if spec.attention != "bidirectional" and block != spec.block_size:
-            raise UserError(
-                f"decoding.block_size {block}: the checkpoint was trained with "
-                f"{spec.block_size} and its attention is {spec.attention}; leave it null"
-            )
-        if self.gen_length % block:
-            raise UserError(
-                f"decoding.gen_length {self.gen_length} is not a multiple of block_size {block}"
-            )
-        steps = self.steps_per_block or block
-        if steps > block:
-            raise UserError(
-                f"decoding.steps_per_block {steps} exceeds block_size {block}: "
-                "a step fixes at least one token"
-            )
-        # With a threshold a block takes as many passes as it needs, each for one token or more.
-        return block, block if self.threshold is not None else steps
+# Logits alive at one time (float32): bounds the memory of the last layer, 64 MiB a copy.
+LOGIT_NUMBERS = 2**24
 
 
 @dataclass(frozen=True)
-class Request:
-    """One completion to make; `seed` is its only source of randomness."""
+class Snapshot:
+    """One request after a pass: `ids` of its canvas (mask token: undecided).
 
-    prompt_ids: tuple[int, ...]
-    seed: int
+    The first `final` of them are in finished blocks: they will not change any more.
+    """
+
+    request: int
+    ids: tuple[int, ...]
+    final: int
 
 
-@dataclass
-class _Batch:
-    """The rows under work: [R, gen_length] each; `index` are the callers' request numbers."""
-
-    index: Tensor
-    tokens: Tensor
-    step_map: Tensor
-    confidences: Tensor
-    draw_noise: Tensor
-    order_noise: Tensor
-
-    def keep(self, rows: Tensor) -> None:
-        for name in self.__dataclass_fields__:
-            setattr(self, name, getattr(self, name)[rows])
+Watch = Callable[[Snapshot], None]
 
 
 class Decoder:
-    """Decodes batches of requests with one model."""
+    """Decodes requests with one model. Threads take turns."""
 
     def __init__(self, denoiser: Denoiser, tokenizer: PreTrainedTokenizerFast) -> None:
         self.denoiser = denoiser
         self.tokenizer = tokenizer
         self.eos_token_id = int(tokenizer.eos_token_id)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Change the weights in here: waits until no request is under work, and holds the next.
+
+        Nothing that was computed from the old weights outlives a call of `decode`.
+        """
+        with self._lock:
+            yield
 
     @torch.no_grad()
     def decode(
@@ -116,146 +69,219 @@ class Decoder:
         requests: Sequence[Request],
         config: DecodingConfig,
         on_progress: Callable[[int], None] | None = None,
+        watch: Watch | None = None,
     ) -> list[Completion]:
         """Completions in the order of `requests`.
 
-        Rows of like prompt length share a batch of at most `config.max_rows`. `on_progress` is
-        told how many completions have just been finished.
+        Args:
+            config: for requests without settings of their own; its max_rows and cache_mib bound
+                the call.
+            on_progress: told how many completions have just been finished.
+            watch: shown every row after every pass.
 
         Raises:
-            UserError: sizes that do not fit the checkpoint, or an empty prompt.
+            UserError: sizes that do not fit the checkpoint, an empty prompt, or too little memory.
+            InfrastructureError: somebody changed the weights meanwhile, not in `updating`.
         """
-        config.resolve(self.denoiser.spec)
         if any(not request.prompt_ids for request in requests):
             raise UserError("empty prompt: a completion needs at least one prompt token")
-        self.denoiser.eval()
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
+        config.resolve(self.denoiser.spec)
+        parts: dict[tuple[int, str], list[int]] = {}
+        for number, request in enumerate(requests):
+            own = request.decoding or config
+            key = (own.resolve(self.denoiser.spec)[0], own.cache)
+            parts.setdefault(key, []).append(number)
         done: dict[int, Completion] = {}
-        for start in range(0, len(order), config.max_rows):
-            part = order[start : start + config.max_rows]
-            done |= self._decode_batch(part, [requests[i] for i in part], config)
-            if on_progress:
-                on_progress(len(part))
-        return [done[i] for i in range(len(requests))]
+        with self._lock:
+            self.denoiser.eval()
+            before = self._weights_version()
+            for numbers in parts.values():
+                _Run(self, requests, numbers, config, done, on_progress, watch).finish()
+            if self._weights_version() != before:
+                raise InfrastructureError(
+                    "weights changed while requests were decoded; change them in Decoder.updating()"
+                )
+        return [done[number] for number in range(len(requests))]
 
-    def _decode_batch(
-        self, index: list[int], requests: Sequence[Request], config: DecodingConfig
-    ) -> dict[int, Completion]:
-        block_size, steps = config.resolve(self.denoiser.spec)
-        device = next(self.denoiser.parameters()).device
-        batch = _new_batch(index, requests, config, steps, self.denoiser.spec.mask_token_id, device)
-        window = self._window(requests, config, block_size)
-        done: dict[int, Completion] = {}
-        for block in range(0, config.gen_length, block_size):
-            self._decode_block(batch, window, block, block_size, steps, config)
-            here = batch.tokens[:, block : block + block_size]
-            ended = (here == self.eos_token_id).any(-1)
-            last = block + block_size == config.gen_length
-            retiring = torch.ones_like(ended) if last else ended
-            for row in retiring.nonzero()[:, 0].tolist():
-                done[int(batch.index[row])] = self._completion(batch, row, block + block_size)
-            kept = (~retiring).nonzero()[:, 0]
-            if not len(kept):
-                break
-            if len(kept) < len(retiring):
-                batch.keep(kept)
-                window.keep_rows(kept)
-            window.finish_block(batch.tokens, block)
-        return done
+    def _weights_version(self) -> int:
+        """Grows whenever a weight is written to."""
+        return sum(parameter._version for parameter in self.denoiser.parameters())
 
-    def _window(
-        self, requests: Sequence[Request], config: DecodingConfig, block_size: int
-    ) -> Window:
-        prompts = [request.prompt_ids for request in requests]
-        if self.denoiser.spec.attention == "bidirectional":
-            return CanvasWindow(self.denoiser, prompts, config.gen_length, block_size)
-        return BlockWindow(self.denoiser, prompts, config.gen_length, block_size)
 
-    def _decode_block(
+class _Run:
+    """Requests of one block size and one kind of cache, until all are done.
+
+    Args:
+        numbers: which of `requests`.
+        config: the call's.
+        done: where completions go, by request number.
+    """
+
+    def __init__(
         self,
-        batch: _Batch,
-        window: Window,
-        block: int,
-        block_size: int,
-        steps: int,
+        decoder: Decoder,
+        requests: Sequence[Request],
+        numbers: list[int],
         config: DecodingConfig,
+        done: dict[int, Completion],
+        on_progress: Callable[[int], None] | None,
+        watch: Watch | None,
     ) -> None:
-        """Denoise columns [block, block + block_size) of every row until none is masked."""
-        columns = slice(block, block + block_size)
-        masked = torch.ones_like(batch.tokens[:, columns], dtype=torch.bool)
-        first_step = block // block_size * steps
-        for step in range(steps):
-            if not masked.any():
-                break
-            hidden = window.hidden(batch.tokens, block)
-            token, sure = self._candidates(
-                hidden[masked],
-                batch.draw_noise[:, columns, step][masked],
-                batch.order_noise[:, columns, step][masked],
-                config,
-            )
-            score = torch.zeros(masked.shape, device=masked.device).masked_scatter(masked, sure)
-            fixed = choose(score, masked, steps - step, config.threshold)
-            new = torch.zeros_like(batch.tokens[:, columns]).masked_scatter(masked, token)
-            batch.tokens[:, columns] = torch.where(fixed, new, batch.tokens[:, columns])
-            batch.step_map[:, columns] = torch.where(
-                fixed, first_step + step, batch.step_map[:, columns]
-            )
-            batch.confidences[:, columns] = torch.where(fixed, score, batch.confidences[:, columns])
-            masked &= ~fixed
+        self.decoder, self.denoiser = decoder, decoder.denoiser
+        self.requests, self.done = requests, done
+        self.on_progress, self.watch = on_progress, watch
+        spec, device = self.denoiser.spec, next(self.denoiser.parameters()).device
+        self.own = {n: requests[n].decoding or config for n in numbers}
+        self.steps = {n: own.resolve(spec)[1] for n, own in self.own.items()}
+        # Like lengths side by side: fewer padded places.
+        self.queue = deque(sorted(numbers, key=lambda n: (len(requests[n].prompt_ids), n)))
+        places = max(len(requests[n].prompt_ids) + self.own[n].gen_length for n in numbers)
+        noise = (0, 0)
+        if any(own.needs_noise for own in self.own.values()):
+            noise = max(own.gen_length for own in self.own.values()), max(self.steps.values())
+        first = self.own[numbers[0]]
+        slots = min(config.max_rows, len(numbers))
+        cached = spec.attention != "bidirectional" or first.cache != "exact"
+        if cached:
+            slots = affordable_slots(self.denoiser, places, slots, config.cache_mib)
+        self.slots = Slots.make(
+            slots, places, noise, first.resolve(spec)[0], spec.mask_token_id, device
+        )
+        model_config: Any = self.denoiser.model.config
+        self.vocabulary = int(model_config.vocab_size)
+        self.window = self._window(first, SlotCache(slots, places))
+
+    def _window(self, config: DecodingConfig, cache: SlotCache) -> Window:
+        if self.denoiser.spec.attention != "bidirectional":
+            return BlockWindow(self.denoiser, self.slots, cache)
+        if config.cache == "exact":
+            return CanvasWindow(self.denoiser, self.slots)
+        return CachedCanvasWindow(self.denoiser, self.slots, cache, config.cache == "dual")
+
+    def finish(self) -> None:
+        """Decode everything."""
+        self.slots.active = len(self.slots.ids)
+        self._refill(list(range(self.slots.active)))
+        while self.slots.active:
+            self._pass()
+
+    def _pass(self) -> None:
+        """One step of every active row: some places of each block under work are decided."""
+        slots, active = self.slots, self.slots.active
+        block = slots.block()
+        masked = slots.ids[:active].gather(1, block) == slots.mask_token_id
+        for_draw, for_order = slots.uniforms(block)
+        token, sure = self._candidates(
+            self.window.hidden()[masked],
+            masked.nonzero()[:, 0],
+            for_draw[masked],
+            for_order[masked],
+        )
+        tokens = torch.zeros_like(block).masked_scatter(masked, token)
+        score = torch.zeros_like(for_order).masked_scatter(masked, sure)
+        rank = ranking(score, slots.order[:active], slots.order_temperature[:active], for_order)
+        left = slots.steps[:active] - slots.step[:active]
+        fixed = choose(score, masked, left, slots.threshold[:active], rank)
+        slots.fix(block, fixed, tokens, score)
+        self._advance(block, ~(masked & ~fixed).any(-1))
 
     def _candidates(
-        self, hidden: Tensor, draw_noise: Tensor, order_noise: Tensor, config: DecodingConfig
+        self, hidden: Tensor, row: Tensor, for_draw: Tensor, for_order: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A token and its confidence for each masked position, [N] each, from hidden [N, D]."""
-        probs = target_distribution(
-            self.denoiser.logits(hidden),
-            config.temperature,
-            config.top_p,
-            config.top_k,
-            self.denoiser.spec.mask_token_id,
-        )
-        token = draw(probs, draw_noise, config.temperature)
-        return token, confidence(probs, token, config.remasking, order_noise)
+        """A token and its confidence for each masked place, [N] each, from hidden [N, D]."""
+        slots = self.slots
+        size = max(1, LOGIT_NUMBERS // self.vocabulary)
+        tokens, scores = [], []
+        for states, rows, uniform, order_uniform in zip(
+            *(part.split(size) for part in (hidden, row, for_draw, for_order)), strict=True
+        ):
+            heat = slots.temperature[rows]
+            probs = target_distribution(
+                self.denoiser.logits(states),
+                heat,
+                slots.top_p[rows],
+                slots.top_k[rows],
+                slots.mask_token_id,
+            )
+            token = draw(probs, uniform, heat)
+            tokens.append(token)
+            scores.append(mixed_confidence(probs, token, slots.order[rows], order_uniform))
+        return torch.cat(tokens), torch.cat(scores)
 
-    def _completion(self, batch: _Batch, row: int, end: int) -> Completion:
-        ids = batch.tokens[row, :end].tolist()
-        ended = self.eos_token_id in ids
-        length = ids.index(self.eos_token_id) + 1 if ended else end
+    def _advance(self, block: Tensor, finished: Tensor) -> None:
+        """Rows whose block is decided go on to the next one, or are done."""
+        slots, active = self.slots, self.slots.active
+        ids = slots.ids[:active].gather(1, block)
+        if self.watch:
+            self._show(finished)
+        eos = ids == self.decoder.eos_token_id
+        last = slots.start[:active] + slots.block_size == slots.end[:active]
+        over = finished & (eos.any(-1) | last)
+        if any(own.early_exit for own in self.own.values()):
+            settled = ((ids == slots.mask_token_id).cumsum(-1) == 0) & eos
+            early = [self.own[n].early_exit for n in slots.number[:active].tolist()]
+            over = over | (settled.any(-1) & torch.tensor(early, device=over.device))
+        onward = (finished & ~over).nonzero()[:, 0]
+        slots.next_block(onward)
+        retired = over.nonzero()[:, 0].tolist()
+        if not retired:
+            return
+        for slot in retired:
+            self.done[int(slots.number[slot])] = self._completion(slot)
+        if self.on_progress:
+            self.on_progress(len(retired))
+        self._refill(retired)
+
+    def _refill(self, free: list[int]) -> None:
+        """Give free slots to waiting requests; without any, close the gaps."""
+        admitted = []
+        while free and self.queue:
+            slot, number = free.pop(0), self.queue.popleft()
+            own, steps = self.own[number], self.steps[number]
+            self.slots.admit(slot, number, self.requests[number], own, steps)
+            admitted.append(slot)
+        if free:
+            self._close_gaps(free)
+        if admitted:
+            self.window.admit(admitted)
+
+    def _close_gaps(self, free: list[int]) -> None:
+        """Active slots stay the first ones, so that a pass reads the cache without a copy."""
+        active = self.slots.active - len(free)
+        target = [slot for slot in free if slot < active]
+        source = [slot for slot in range(active, self.slots.active) if slot not in free]
+        if target:
+            device = self.slots.ids.device
+            pair = torch.tensor(source, device=device), torch.tensor(target, device=device)
+            self.slots.move(*pair)
+            self.window.move(*pair)
+        self.slots.active = active
+
+    def _show(self, finished: Tensor) -> None:
+        assert self.watch is not None
+        slots = self.slots
+        for slot, whole in enumerate(finished.tolist()):
+            prompt, end = int(slots.prompt[slot]), int(slots.end[slot])
+            final = int(slots.start[slot]) - prompt + (slots.block_size if whole else 0)
+            ids = tuple(slots.ids[slot, prompt:end].tolist())
+            self.watch(Snapshot(int(slots.number[slot]), ids, final))
+
+    def _completion(self, slot: int) -> Completion:
+        slots, eos = self.slots, self.decoder.eos_token_id
+        part = slice(int(slots.prompt[slot]), int(slots.start[slot]) + slots.block_size)
+        ids = slots.ids[slot, part].tolist()
+        ended = eos in ids
+        length = ids.index(eos) + 1 if ended else len(ids)
+        # Left early, the places behind the EOS are undecided: they are no part of the result.
+        stop = length if slots.mask_token_id in ids else len(ids)
+        # Numbered without gaps, also where a pass decided such places only.
+        steps = slots.step_map[slot, part][:stop].unique(return_inverse=True)[1]
         text_ids = ids[: length - 1] if ended else ids
-        # Numbered without gaps: with a threshold, blocks leave some of their steps unused.
-        used = batch.step_map[row, :end].unique(return_inverse=True)[1]
         return Completion(
             token_ids=tuple(ids[:length]),
-            tail_ids=tuple(ids[length:]),
-            text=str(self.tokenizer.decode(text_ids, skip_special_tokens=True)),
+            tail_ids=tuple(ids[length:stop]),
+            text=str(self.decoder.tokenizer.decode(text_ids, skip_special_tokens=True)),
             finish_reason="eos" if ended else "length",
-            step_map=tuple(used.tolist()),
-            confidences=tuple(batch.confidences[row, :end].tolist()),
+            step_map=tuple(steps.tolist()),
+            confidences=tuple(slots.sure[slot, part][:stop].tolist()),
         )
-
-
-def _new_batch(
-    index: list[int],
-    requests: Sequence[Request],
-    config: DecodingConfig,
-    steps: int,
-    mask_token_id: int,
-    device: torch.device,
-) -> _Batch:
-    """All random numbers of a request are drawn here, from its own seed, before any decoding."""
-    shape = (len(requests), config.gen_length)
-    noise = torch.stack(
-        [
-            torch.rand(2, config.gen_length, steps, generator=generator(request.seed))
-            for request in requests
-        ]
-    ).to(device)
-    return _Batch(
-        index=torch.tensor(index, device=device),
-        tokens=torch.full(shape, mask_token_id, device=device),
-        step_map=torch.zeros(shape, dtype=torch.int64, device=device),
-        confidences=torch.zeros(shape, device=device),
-        draw_noise=noise[:, 0],
-        order_noise=noise[:, 1],
-    )

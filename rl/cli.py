@@ -115,7 +115,7 @@ def evaluate(
 @app.command(
     epilog=example(
         'unmask generate runs/demo/rl/hf "keep the even numbers, then sum"',
-        "unmask generate runs/demo/rl/hf --problem 3 --play",
+        "unmask generate runs/demo/rl/hf --problem 3 --show-steps",
     )
 )
 def generate(
@@ -128,15 +128,17 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
     samples: Annotated[int, typer.Option(min=1, help="how many completions")] = 1,
     seed: Annotated[int, typer.Option(help="of the completions")] = 0,
-    play: Annotated[bool, typer.Option("--play", help="show the unmasking step by step")] = False,
+    show_steps: Annotated[
+        bool, typer.Option("--show-steps", help="watch the unmasking pass by pass, on a terminal")
+    ] = False,
 ) -> None:
-    """Complete a prompt, coloured by the order in which tokens were unmasked."""
+    """Complete a prompt: text as blocks finish, then coloured by the order of unmasking."""
     from rl.commands import GenerateOptions, generate_text
 
     with exit_codes():
         if (prompt is None) == (problem is None):
             raise UserError("generate: give either a prompt or --problem N")
-        options = GenerateOptions(gen_length, temperature, samples, seed, play)
+        options = GenerateOptions(gen_length, temperature, samples, seed, show_steps)
         generate_text(model, prompt, problem, options)
 
 

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from common.errors import UserError
 from common.progress import open_progress
-from common.records import Completion, Problem
+from common.records import Problem
 from common.seeding import derive_seed
 from models.checkpoint import import_checkpoint, load_checkpoint, load_tokenizer
-from models.decoding import Decoder, DecodingConfig, Request
+from models.decoding import Decoder
 from models.public import ImportOptions
+from models.request import DecodingConfig, Request
 from models.tokenizer import encode_prompt
 from rl.config import load_train_config
 from rl.data import EMBEDDED, load_problems
@@ -25,9 +24,7 @@ from rl.problems.export import export_split
 from rl.problems.splits import SplitName
 from rl.report import percent
 from rl.results import prompt_text, summarise, write_result
-
-MASK = "░"
-FRAMES_PER_S = 20
+from rl.screen import Screen
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class GenerateOptions:
     temperature: float
     samples: int
     seed: int
-    play: bool
+    show_steps: bool
 
 
 def evaluate_model(
@@ -101,7 +98,7 @@ def evaluate_model(
 def generate_text(
     model: Path, prompt: str | None, problem: int | None, options: GenerateOptions
 ) -> None:
-    """Print completions of a prompt, coloured by the order of unmasking."""
+    """Print completions of a prompt as their blocks finish."""
     task = _task(prompt, problem)
     loaded = load_checkpoint(model)
     prompt_ids = encode_prompt(loaded.tokenizer, task.prompt)
@@ -112,16 +109,13 @@ def generate_text(
         Request(prompt_ids, derive_seed(options.seed, task.problem_id, index))
         for index in range(options.samples)
     ]
-    completions = Decoder(loaded.denoiser, loaded.tokenizer).decode(requests, config)
     console = Console()
     console.print(prompt_text(task), style="dim", markup=False, highlight=False)
-    for completion in completions:
-        ids = [i for i in completion.token_ids if i != loaded.tokenizer.eos_token_id]
-        pieces = [str(loaded.tokenizer.decode([token])) for token in ids]
-        if options.play and console.is_terminal:
-            _play(console, pieces, completion)
-        else:
-            console.print(coloured(pieces, completion.step_map))
+    screen = Screen(console, loaded.tokenizer, options.samples, options.show_steps)
+    with screen:
+        decoder = Decoder(loaded.denoiser, loaded.tokenizer)
+        completions = decoder.decode(requests, config, watch=screen.show)
+    screen.finish(completions)
 
 
 def import_folder(
@@ -139,21 +133,6 @@ def import_folder(
         print(f"an AR model, to be adapted: unmask pretrain start={out}")
 
 
-def coloured(pieces: Sequence[str], steps: Sequence[int], now: int | None = None) -> Text:
-    """Tokens from blue (first) to orange (last); those later than step `now` are still masked."""
-    last = max(steps[: len(pieces)], default=0) or 1
-    text = Text()
-    for piece, step in zip(pieces, steps, strict=False):
-        share = step / last
-        colour = "#" + "".join(
-            f"{round(a + (b - a) * share):02x}"
-            for a, b in zip((91, 155, 236), (240, 131, 79), strict=True)
-        )
-        masked = now is not None and step > now
-        text.append(MASK if masked else piece, style="dim" if masked else colour)
-    return text
-
-
 def export_problems(split: str, path: Path, seed: int, count: int) -> None:
     """Write a split as JSONL. Raises UserError for a split that is none."""
     names: dict[str, SplitName] = {name: name for name in get_args(SplitName)}
@@ -167,11 +146,3 @@ def _task(prompt: str | None, problem: int | None) -> Problem:
     if problem is None:
         return Problem(problem_id="prompt", prompt=prompt or "")
     return load_problems(f"{EMBEDDED}test", seed=0, count=problem + 1)[problem]
-
-
-def _play(console: Console, pieces: Sequence[str], completion: Completion) -> None:
-    steps = completion.step_map
-    with Live(console=console, refresh_per_second=FRAMES_PER_S) as live:
-        for now in range(max(steps[: len(pieces)], default=0) + 1):
-            live.update(coloured(pieces, steps, now))
-            time.sleep(1 / FRAMES_PER_S)

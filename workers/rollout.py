@@ -4,6 +4,7 @@ A plain class; `workers.cluster` wraps it in an actor. It pulls the newest weigh
 and before it serves, so one that joins late or restarts cannot answer with an old policy.
 """
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class RolloutWorker:
         self._decoding = decoding
         self._weights = weights
         self._version = INITIAL_VERSION
+        self._turn = threading.Lock()
         self._pull()
 
     def generate(
@@ -69,11 +71,6 @@ class RolloutWorker:
         Raises:
             InfrastructureError: the store has no version as new as `at_least`.
         """
-        self._pull()
-        if self._version < at_least:
-            raise InfrastructureError(
-                f"weights: version {at_least} was promised, the store's newest is {self._version}"
-            )
         prompts = [encode_prompt(self._decoder.tokenizer, problem.prompt) for problem in problems]
         seeds = [
             [derive_seed(seed, problem.problem_id, index) for index in range(group_size)]
@@ -82,8 +79,14 @@ class RolloutWorker:
         requests = [
             Request(prompt, one) for prompt, row in zip(prompts, seeds, strict=True) for one in row
         ]
-        done = iter(self._decoder.decode(requests, decoding or self._decoding))
-        version = self._version
+        with self._turn:  # no other thread may pull between the stamp and the last token
+            self._pull()
+            version = self._version
+            if version < at_least:
+                raise InfrastructureError(
+                    f"weights: version {at_least} was promised, the store's newest is {version}"
+                )
+            done = iter(self._decoder.decode(requests, decoding or self._decoding))
         groups = []
         for problem, prompt, row in zip(problems, prompts, seeds, strict=True):
             name = problem.problem_id
@@ -98,4 +101,5 @@ class RolloutWorker:
         newest = self._weights.newest()
         if newest > self._version:
             self._version, state = self._weights.fetch(newest)
-            load_into(self._decoder.denoiser.model, state)
+            with self._decoder.updating():
+                load_into(self._decoder.denoiser.model, state)

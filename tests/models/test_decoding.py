@@ -1,19 +1,22 @@
 """The decoder against an independent reference: one row, no cache, a full pass in every step."""
 
 import math
+import threading
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from common.errors import UserError
+from common.errors import InfrastructureError, UserError
 from common.records import Completion
 from diffusion.arness import global_ar_ness, local_ar_ness
-from models.decoding import Decoder, DecodingConfig, Request
+from models.decoding import Decoder, Snapshot
 from models.denoiser import Denoiser
+from models.request import DecodingConfig, Request
 
 MakeDenoiser = Callable[..., Denoiser]
 Prompts = list[tuple[int, ...]]
@@ -59,7 +62,7 @@ def sureness(probs: list[float], token: int, uniform: float, remasking: str) -> 
     if remasking == "margin":
         first, second = sorted(probs, reverse=True)[:2]
         return first - second
-    return probs[token] if remasking == "low_confidence" else uniform
+    return uniform if remasking == "random" else probs[token]
 
 
 class Reference:
@@ -98,8 +101,9 @@ class Reference:
                         sureness(probs, token, order_noise, self.config.remasking),
                         token,
                     )
-                ranked = sorted(open_, key=lambda p: (-found[p][0], p))
-                for place in ranked[: self._count(ranked, found, step)]:
+                score = {p: self._score(p, found[p][0], uniform[1][p][step]) for p in open_}
+                ranked = sorted(open_, key=lambda p: (-score[p], p))
+                for place in self._chosen(ranked, found, step):
                     sure[place], tokens[place] = found[place]
                     order[place] = done
                 done += 1
@@ -108,10 +112,18 @@ class Reference:
                 return tokens[:end], order[:end], sure[:end]
         return tokens, order, sure
 
-    def _count(self, ranked: list[int], found: dict[int, tuple[float, int]], step: int) -> int:
-        if self.config.threshold is not None:
-            return max(1, sum(found[p][0] > self.config.threshold for p in ranked))
-        return math.ceil(len(ranked) / (self.steps - step))
+    def _score(self, place: int, sure: float, uniform: float) -> float:
+        if self.config.remasking == "left_to_right":
+            sure = float(-place)
+        return sure - self.config.order_temperature * math.log(-math.log(uniform))
+
+    def _chosen(
+        self, ranked: list[int], found: dict[int, tuple[float, int]], step: int
+    ) -> list[int]:
+        if self.config.threshold is None:
+            return ranked[: math.ceil(len(ranked) / (self.steps - step))]
+        first, *rest = ranked
+        return [first, *(p for p in rest if found[p][0] > self.config.threshold)]
 
     def _logits(self, prompt: tuple[int, ...], tokens: list[int]) -> Tensor:
         ids = torch.tensor([[*prompt, *tokens]])
@@ -163,6 +175,10 @@ CASES: list[tuple[tuple[str, bool], dict[str, Any]]] = [
     (BLOCK, {"threshold": 0.5, "temperature": 0.5}),
     (BLOCK, {"threshold": -1.5, "remasking": "entropy"}),
     (BLOCK, {"threshold": 0.9, "steps_per_block": 1}),  # the threshold decides alone
+    (BLOCK, {"remasking": "left_to_right", "steps_per_block": 2}),
+    (BLOCK, {"order_temperature": 0.5}),
+    (BLOCK, {"order_temperature": 0.2, "temperature": 0.0, "remasking": "margin"}),
+    (BLOCK, {"threshold": 0.4, "order_temperature": 0.3}),
     (SHIFTED, {"temperature": 0.0}),
     (SHIFTED, {"steps_per_block": 2}),
     (SHIFTED, {"threshold": 0.5, "temperature": 0.5}),
@@ -206,6 +222,67 @@ def test_batch_of_one_equals_batch_of_eight(
             assert ours.token_ids == theirs.token_ids and ours.tail_ids == theirs.tail_ids
             assert ours.step_map == theirs.step_map
             assert ours.confidences == pytest.approx(theirs.confidences, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [BLOCK, SHIFTED, CANVAS, CANVAS_SHIFTED], ids=str)
+def test_requests_with_settings_of_their_own_share_a_batch(
+    make_decoder: MakeDecoder, prompts: Prompts, kind: tuple[str, bool]
+) -> None:
+    """Every order, filter, threshold, number of steps and length beside each other."""
+    decoder = make_decoder(*kind)
+    configs = [
+        DecodingConfig(gen_length=length, block_size=4, **options)
+        for length, options in [
+            (12, {"temperature": 0.0}),
+            (20, ENTROPY),
+            (8, {"remasking": "margin", "top_k": 5}),
+            (12, {"remasking": "random", "steps_per_block": 2}),
+            (16, {"remasking": "left_to_right", "top_p": 0.7}),
+            (12, {"threshold": 0.4, "temperature": 0.5}),
+            (24, {"order_temperature": 0.5, "top_k": 3}),
+            (4, {"steps_per_block": 1, "temperature": 1.7}),
+        ]
+    ]
+    requests = [
+        Request(prompt, 100 + number, config)
+        for number, (prompt, config) in enumerate(zip(prompts, configs, strict=True))
+    ]
+    call = DecodingConfig(gen_length=4, block_size=4, max_rows=3)
+    found = decoder.decode(requests, call)
+    for request, config, ours in zip(requests, configs, found, strict=True):
+        expected = Reference(decoder.denoiser, config).decode(request.prompt_ids, request.seed)
+        assert_equals_reference(ours, expected)
+
+
+def test_whole_canvases_of_two_lengths(make_decoder: MakeDecoder) -> None:
+    """Block sizes differ: two batches, one call."""
+    decoder = make_decoder(*CANVAS)
+    short, long = DecodingConfig(gen_length=6), DecodingConfig(gen_length=10)
+    found = decoder.decode([Request((5, 6), 1, short), Request((7,), 2), Request((8,), 3)], long)
+    assert found[0] == decoder.decode([Request((5, 6), 1)], short)[0]
+    assert found[1:] == decoder.decode([Request((7,), 2), Request((8,), 3)], long)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, ENTROPY, {"threshold": 0.3}], ids=str)
+@pytest.mark.parametrize("kind", [BLOCK, SHIFTED, CANVAS], ids=str)
+def test_alone_as_among_31_others(
+    make_decoder: MakeDecoder, kind: tuple[str, bool], options: dict[str, Any]
+) -> None:
+    """Tokens and step map bit for bit, whatever the batch, the slot and the time of admission."""
+    decoder, lengths = make_decoder(*kind), torch.Generator().manual_seed(3)
+    requests = [
+        Request(tuple(torch.randint(3, 24, (1 + (n * 7) % 17,), generator=lengths).tolist()), n)
+        for n in range(32)
+    ]
+    config = DecodingConfig(gen_length=16, block_size=4, **options)
+    among = decoder.decode(requests, config)
+    narrow = decoder.decode(requests[::-1], replace(config, max_rows=5))[::-1]
+    for number in range(32):
+        alone = decoder.decode([requests[number]], config)[0]
+        for found in (among[number], narrow[number]):
+            assert found.token_ids + found.tail_ids == alone.token_ids + alone.tail_ids
+            assert found.step_map == alone.step_map
+            assert found.text == alone.text
 
 
 def test_order_of_requests_does_not_matter(make_decoder: MakeDecoder, prompts: Prompts) -> None:
@@ -313,6 +390,185 @@ def test_a_high_threshold_is_one_token_a_step(make_decoder: MakeDecoder, prompts
     assert decoder.decode(requests, config) == plain
 
 
+# Cost
+
+
+def test_logits_only_where_masked(
+    make_decoder: MakeDecoder, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token a step: 4 + 3 + 2 + 1 places of each block, and none of the prompt."""
+    decoder = make_decoder()
+    logits, counts = decoder.denoiser.logits, []
+
+    def counted(hidden: Tensor) -> Tensor:
+        counts.append(len(hidden))
+        return logits(hidden)
+
+    monkeypatch.setattr(decoder.denoiser, "logits", counted)
+    found = decoder.decode(requests_of(prompts), DecodingConfig(gen_length=16))
+    blocks = sum(len(completion.step_map) // 4 for completion in found)
+    assert sum(counts) == 10 * blocks
+    counts.clear()
+    monkeypatch.setattr("models.decoding.LOGIT_NUMBERS", 24 * 3)  # three places at a time
+    again = decoder.decode(requests_of(prompts), DecodingConfig(gen_length=16))
+    # Confidences may differ in the last bits: a product's rounding depends on its shape.
+    assert [c.token_ids for c in again] == [c.token_ids for c in found]
+    assert sum(counts) == 10 * blocks and max(counts) == 3
+
+
+def passes(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collects the rows of every denoising pass."""
+    hidden, rows = decoder.denoiser.hidden, []
+
+    def counted(ids: Tensor, *rest: Any) -> Tensor:
+        rows.append(len(ids))
+        return hidden(ids, *rest)
+
+    monkeypatch.setattr(decoder.denoiser, "hidden", counted)
+    return rows
+
+
+def test_a_free_slot_is_filled_at_once(
+    make_decoder: MakeDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lengths 4, 16, 4, 4, 4 blocks of one pass in two slots: 16 tokens of passes, not 24."""
+    decoder = make_decoder()
+    rows = passes(decoder, monkeypatch)
+    lengths = (4, 16, 4, 4, 4)
+    decoder.decode(
+        [
+            Request((5,), n, DecodingConfig(gen_length=g, steps_per_block=1))
+            for n, g in enumerate(lengths)
+        ],
+        DecodingConfig(gen_length=4, max_rows=2),
+    )
+    assert len(rows) <= 4 and sum(rows) <= 8 and max(rows) == 2
+
+
+def test_memory_bounds_the_rows(
+    make_decoder: MakeDecoder, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = make_decoder()
+    config = DecodingConfig(gen_length=8, cache_mib=1)
+    expected = decoder.decode(requests_of(prompts), config)
+    monkeypatch.setattr("models.cache.MIB", 3 * 2 * 2 * 2 * 8 * 4 * (9 + 8 + 1))  # three slots
+    rows = passes(decoder, monkeypatch)
+    assert [c.token_ids for c in decoder.decode(requests_of(prompts), config)] == [
+        c.token_ids for c in expected
+    ]
+    assert max(rows) == 3
+    with pytest.raises(UserError, match="decoding.cache_mib 1: one request of 109 tokens"):
+        decoder.decode([*requests_of(prompts), Request((5,) * 101, 0)], config)
+
+
+# Approximate caches and early exit
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_cache_that_is_never_used_is_exact(
+    make_decoder: MakeDecoder, prompts: Prompts, cache: Literal["prefix", "dual"]
+) -> None:
+    """With one pass a block every pass is a full one."""
+    decoder = make_decoder(*CANVAS_SHIFTED)
+    exact = DecodingConfig(gen_length=12, block_size=4, steps_per_block=1, max_rows=3)
+    expected = decoder.decode(requests_of(prompts), exact)
+    found = decoder.decode(requests_of(prompts), replace(exact, cache=cache))
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_approximate_caches_do_not_depend_on_the_batch(
+    make_decoder: MakeDecoder, prompts: Prompts, cache: Literal["prefix", "dual"]
+) -> None:
+    decoder = make_decoder(*CANVAS_SHIFTED)
+    config = DecodingConfig(
+        gen_length=12, block_size=4, threshold=0.4, temperature=0.5, cache=cache
+    )
+    together = decoder.decode(requests_of(prompts), config)
+    for request, found in zip(requests_of(prompts), together, strict=True):
+        alone = decoder.decode([request], config)[0]
+        assert (found.token_ids, found.step_map) == (alone.token_ids, alone.step_map)
+
+
+def test_early_exit_has_the_same_text(
+    make_decoder: MakeDecoder, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = make_decoder(*CANVAS)
+    config = DecodingConfig(gen_length=24, temperature=0.8)
+    expected = decoder.decode(requests_of(prompts), config)
+    rows = passes(decoder, monkeypatch)
+    found = decoder.decode(requests_of(prompts), replace(config, early_exit=True))
+    assert sum(rows) < 24 * len(prompts)  # some rows did leave
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.token_ids, ours.text) == (theirs.token_ids, theirs.text)
+        assert ours.tail_ids in ((), theirs.tail_ids) and MASK not in ours.tail_ids
+        assert len(ours.step_map) == len(ours.token_ids + ours.tail_ids)
+
+
+# Weights and onlookers
+
+
+def test_weights_change_between_calls_only(make_decoder: MakeDecoder, prompts: Prompts) -> None:
+    decoder = make_decoder()
+    config = DecodingConfig(gen_length=8)
+    waiting = threading.Event()
+
+    def change() -> None:
+        waiting.set()
+        with decoder.updating(), torch.no_grad():
+            decoder.denoiser.model.lm_head.weight.neg_()
+
+    before = decoder.decode(requests_of(prompts), config)
+    thread = threading.Thread(target=change)
+
+    def start(_: Snapshot) -> None:
+        if not waiting.is_set():
+            thread.start()
+            assert waiting.wait(10)
+
+    try:
+        during = decoder.decode(requests_of(prompts), config, watch=start)
+        thread.join(10)
+        after = decoder.decode(requests_of(prompts), config)
+    finally:
+        with torch.no_grad():  # the model is shared between tests
+            decoder.denoiser.model.lm_head.weight.neg_()
+    assert during == before and after != before
+
+
+def test_a_mixture_of_two_versions_is_no_answer(
+    make_decoder: MakeDecoder, prompts: Prompts
+) -> None:
+    """Somebody who does not ask: the call fails, nothing of it is returned."""
+    decoder = make_decoder()
+
+    def meddle(_: Snapshot) -> None:
+        with torch.no_grad():
+            decoder.denoiser.model.lm_head.weight.mul_(1.0)
+
+    with pytest.raises(InfrastructureError, match="weights changed"):
+        decoder.decode(requests_of(prompts), DecodingConfig(gen_length=8), watch=meddle)
+
+
+def test_a_watcher_sees_tokens_appear_and_stay(make_decoder: MakeDecoder, prompts: Prompts) -> None:
+    decoder = make_decoder()
+    seen: dict[int, list[Snapshot]] = {}
+    config = DecodingConfig(gen_length=12, max_rows=3)
+    found = decoder.decode(
+        requests_of(prompts), config, watch=lambda s: seen.setdefault(s.request, []).append(s)
+    )
+    for number, completion in enumerate(found):
+        whole = completion.token_ids + completion.tail_ids
+        views = seen[number]
+        assert len(views) == len(whole)  # one token a pass
+        assert views[-1].final == len(whole) and views[-1].ids[: len(whole)] == whole
+        for step, view in enumerate(views):
+            known = [i for i, token in enumerate(view.ids) if token != MASK]
+            assert known == [i for i, s in enumerate(completion.step_map) if s <= step]
+            assert all(view.ids[i] == whole[i] for i in known)
+            assert view.final == (step + 1) // 4 * 4
+
+
 # The record
 
 
@@ -365,13 +621,15 @@ def test_no_requests(make_decoder: MakeDecoder) -> None:
         (CAUSAL, {"gen_length": 16, "block_size": 4}, "block_size 4: the checkpoint was trained"),
         (CANVAS, {"gen_length": 10, "block_size": 4}, "not a multiple"),
         (BLOCK, {"gen_length": 8, "steps_per_block": 5}, "steps_per_block 5 exceeds block_size 4"),
+        (BLOCK, {"gen_length": 8, "cache": "dual"}, "decoding.cache dual is for bidirectional"),
+        (CAUSAL, {"gen_length": 8, "early_exit": True}, "decoding.early_exit true is for bidir"),
     ],
 )
 def test_sizes_that_do_not_fit(
-    make_decoder: MakeDecoder, kind: tuple[str, bool], options: dict[str, int], message: str
+    make_decoder: MakeDecoder, kind: tuple[str, bool], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as raised:
-        make_decoder(*kind).decode([Request((5,), 0)], DecodingConfig(**options))  # type: ignore[arg-type]
+        make_decoder(*kind).decode([Request((5,), 0)], DecodingConfig(**options))
     assert "\n" not in str(raised.value)
 
 
@@ -392,6 +650,9 @@ def test_empty_prompt(make_decoder: MakeDecoder) -> None:
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_k": -1},
+        {"order_temperature": -0.5},
+        {"cache_mib": 0},
+        {"threshold": 0.9, "remasking": "left_to_right"},
     ],
 )
 def test_impossible_config(bad: dict[str, Any]) -> None:

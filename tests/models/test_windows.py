@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from diffusion.layout import Sequence, build_rows
 from diffusion.masking import generator
 from diffusion.objective import Noise, block_diffusion_rows
+from models.cache import SlotCache
 from models.denoiser import Denoiser
-from models.windows import BlockWindow, CanvasWindow, Window
+from models.request import DecodingConfig, Request
+from models.slots import Slots
+from models.windows import BlockWindow, CachedCanvasWindow, CanvasWindow, Window
 from pretrain.data import Document, to_tensors
 
 MakeDenoiser = Callable[..., Denoiser]
@@ -31,8 +35,9 @@ class Recorder(nn.Module):
         self.spec = SimpleNamespace(logit_shift=False)
         self.calls: list[dict[str, Any]] = []
 
-    def hidden(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
-        self.calls.append({"ids": ids, "positions": positions, "mask": mask[:, 0]})
+    def hidden(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
+        call = {"ids": ids, "positions": positions, "mask": mask[:, 0], "dump": cache.dump}
+        self.calls.append(call | {"slots": cache.row_index, "places": cache.places})
         return torch.zeros(*ids.shape, 1)
 
 
@@ -40,23 +45,51 @@ def canvas(rows: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 24, (rows, LENGTH), generator=generator(seed))
 
 
-def window_of(denoiser: Any, prompts: Prompts) -> Window:
-    bidirectional = getattr(denoiser.spec, "attention", "") == "bidirectional"
-    kind = CanvasWindow if bidirectional else BlockWindow
-    return kind(denoiser, prompts, LENGTH, 4)
+def slots_of(prompts: Prompts, spare: int = 0) -> Slots:
+    """A slot for each prompt, admitted, nothing decided; `spare` more places than are needed."""
+    places = max(len(prompt) for prompt in prompts) + LENGTH + spare
+    slots = Slots.make(len(prompts), places, (0, 0), 4, MASK, torch.device("cpu"))
+    config = DecodingConfig(gen_length=LENGTH, temperature=0.0)
+    for number, prompt in enumerate(prompts):
+        slots.admit(number, number, Request(prompt, 0), config, 4)
+    slots.active = len(prompts)
+    return slots
 
 
-def walk(window: Window, tokens: Tensor) -> list[Tensor]:
+def window_of(denoiser: Any, slots: Slots) -> Window:
+    """The exact window for a denoiser, with its requests admitted."""
+    if getattr(denoiser.spec, "attention", "") == "bidirectional":
+        return CanvasWindow(denoiser, slots)
+    window = BlockWindow(denoiser, slots, SlotCache(len(slots.ids), slots.places))
+    window.admit(range(slots.active))
+    return window
+
+
+def decide(slots: Slots, tokens: Tensor, upto: int) -> None:
+    """Columns [0, upto) of every row are known."""
+    for row in range(slots.active):
+        prompt = int(slots.prompt[row])
+        slots.ids[row, prompt : prompt + upto] = tokens[row, :upto]
+
+
+def walk(window: Window, slots: Slots, tokens: Tensor) -> list[Tensor]:
     """States of every block in two passes: all masked, then half of it known; then it is final."""
     states = []
+    everyone = torch.arange(slots.active)
     for start in range(0, LENGTH, 4):
-        shown = torch.full_like(tokens, MASK)
-        shown[:, :start] = tokens[:, :start]
-        states.append(window.hidden(shown, start))
-        shown[:, start : start + 2] = tokens[:, start : start + 2]
-        states.append(window.hidden(shown, start))
-        window.finish_block(tokens, start)
+        states.append(window.hidden())
+        decide(slots, tokens, start + 2)
+        slots.step[: slots.active] += 1
+        states.append(window.hidden())
+        decide(slots, tokens, start + 4)
+        slots.next_block(everyone)
     return states
+
+
+def walked(denoiser: Any, prompts: Prompts, tokens: Tensor, spare: int = 0) -> list[Tensor]:
+    slots = slots_of(prompts, spare)
+    with torch.no_grad():
+        return walk(window_of(denoiser, slots), slots, tokens)
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 3, 4, 5, 8, 9])
@@ -65,21 +98,17 @@ def test_blocks_are_the_same_in_training_likelihood_and_decoding(prompt: int) ->
     ids = tuple(range(3, 3 + prompt + LENGTH))
     total = len(ids)
     # Decoding: rebuild "who sees whom" from the cached passes; each adds rows to the matrix. A
-    # longer neighbour pads the row on the left.
+    # longer neighbour makes every pass wider than this row needs.
     recorder = Recorder()
-    window = BlockWindow(recorder, [ids[:prompt], tuple(range(11))], LENGTH, 4)  # type: ignore[arg-type]
-    walk(window, torch.tensor([ids[prompt:], ids[prompt:]]))
-    pad = 11 - prompt if prompt < 11 else 0
+    walked(recorder, [ids[:prompt], tuple(range(11))], torch.tensor([ids[prompt:]] * 2))
     decoded = torch.zeros(total, total, dtype=torch.bool)
-    final = 0
     for call in recorder.calls:
-        mask, fresh = call["mask"][0], call["mask"].shape[1] - 4
-        for row in range(mask.shape[0]):
-            query = final + row - pad
-            if query >= 0:
-                decoded[query] = False
-                decoded[query, : mask.shape[1] - pad] = mask[row, pad:]
-        final += fresh
+        for line in (call["slots"] == 0).nonzero()[:, 0].tolist():
+            for column, place in enumerate(call["places"][line].tolist()):
+                if place < call["dump"]:
+                    seen = call["mask"][line, column, :total]
+                    decoded[place] = False
+                    decoded[place, : len(seen)] = seen
     # Training: the clean half of [x_t ; x_0].
     rows = to_tensors([[Document(ids, prompt)]], total, block_size=4)
     noise = Noise(generator=generator(0), block_size=4, mask_token_id=MASK, logit_shift=False)
@@ -96,21 +125,36 @@ def test_blocks_are_the_same_in_training_likelihood_and_decoding(prompt: int) ->
 def test_passes_are_fused_and_short() -> None:
     """A block costs one pass over itself; its first pass carries the clean tokens before it."""
     recorder = Recorder()
-    window = BlockWindow(recorder, [(5, 6, 7)], LENGTH, 4)  # type: ignore[arg-type]
-    walk(window, canvas(1))
+    walked(recorder, [(5, 6, 7)], canvas(1))
     assert [call["ids"].shape[1] for call in recorder.calls] == [3 + 4, 4, 4 + 4, 4, 4 + 4, 4]
     positions = [call["positions"][0].tolist() for call in recorder.calls]
     assert positions[:3] == [list(range(7)), [3, 4, 5, 6], list(range(3, 11))]
 
 
-def test_positions_ignore_left_pads() -> None:
+def test_a_long_prompt_goes_through_once() -> None:
+    """Admission takes what lies before its last block; the first pass takes that block along."""
     recorder = Recorder()
-    window = BlockWindow(recorder, [(5, 6, 7), (8,)], LENGTH, 4)  # type: ignore[arg-type]
-    window.hidden(canvas(2), 0)
-    call = recorder.calls[0]
-    assert call["ids"][1].tolist()[:3] == [0, 0, 8]
-    assert call["positions"].tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 2, 3, 4]]
-    assert not call["mask"][1, 2:, :2].any()  # no token sees a pad
+    walked(recorder, [tuple(range(3, 13))], canvas(1))
+    assert [call["positions"][0].tolist() for call in recorder.calls[:3]] == [
+        list(range(6)),
+        list(range(6, 14)),
+        list(range(10, 14)),
+    ]
+
+
+def test_rows_need_not_be_at_the_same_block() -> None:
+    """One is at its second block, one starts: right-aligned, padding goes to the dump."""
+    recorder, tokens = Recorder(), canvas(2)
+    slots = slots_of([(5, 6, 7), (8,)])
+    window = window_of(recorder, slots)
+    window.hidden()
+    decide(slots, tokens, 4)
+    slots.next_block(torch.tensor([0]))  # row 0 goes on, row 1 stays
+    window.hidden()
+    call = recorder.calls[-1]
+    assert call["positions"].tolist()[0] == list(range(3, 11))
+    assert call["places"].tolist() == [list(range(3, 11)), [15, 15, 15, 15, 1, 2, 3, 4]]
+    assert call["mask"][1, 4:, :5].all() and not call["mask"][1, 4:, 5:].any()
 
 
 KINDS = [("block_causal", False), ("block_causal", True)]
@@ -124,8 +168,7 @@ def test_hidden_states_equal_a_full_pass(
     """Every pass of a batch with a cache against one uncached row under the written-out mask."""
     denoiser = make_denoiser(attention, shift)
     tokens = canvas(len(prompts))
-    with torch.no_grad():
-        found = walk(window_of(denoiser, prompts), tokens)
+    found = walked(denoiser, prompts, tokens)
     for row, prompt in enumerate(prompts):
         for number, states in enumerate(found):
             start = number // 2 * 4
@@ -148,7 +191,7 @@ def _full_pass(denoiser: Denoiser, prompt: tuple[int, ...], shown: Tensor, start
 
 
 @pytest.mark.parametrize(("attention", "shift"), KINDS)
-def test_left_pads_are_invisible(
+def test_padding_is_invisible(
     make_denoiser: MakeDenoiser, attention: str, shift: bool, prompts: Prompts
 ) -> None:
     """Defect 4: passes without the mask of the rollout. A pad's embedding may be anything."""
@@ -159,8 +202,7 @@ def test_left_pads_are_invisible(
     try:
         for value in (0.0, 50.0):
             embedding[0] = value  # token 0 pads, and stands nowhere else
-            with torch.no_grad():
-                runs.append(walk(window_of(denoiser, prompts), tokens))
+            runs.append(walked(denoiser, prompts, tokens))
     finally:
         embedding[0] = before
     for ours, theirs in zip(*runs, strict=True):
@@ -168,16 +210,99 @@ def test_left_pads_are_invisible(
 
 
 @pytest.mark.parametrize(("attention", "shift"), KINDS)
-def test_dropping_rows_does_not_disturb_the_others(
+def test_a_slot_forgets_who_was_there(
     make_denoiser: MakeDenoiser, attention: str, shift: bool, prompts: Prompts
 ) -> None:
+    """Refilled and moved slots against fresh ones: nothing is wiped, nothing of it is seen."""
     denoiser, tokens = make_denoiser(attention, shift), canvas(len(prompts))
-    kept = torch.tensor([0, 3, 4, 7])
+    expected = walked(denoiser, prompts, tokens)
+    slots = slots_of(prompts[::-1])
+    config = DecodingConfig(gen_length=LENGTH, temperature=0.0)
     with torch.no_grad():
-        whole, part = window_of(denoiser, prompts), window_of(denoiser, prompts)
-        whole.hidden(tokens, 0), part.hidden(tokens, 0)
-        part.keep_rows(kept)
-        whole.finish_block(tokens, 0), part.finish_block(tokens[kept], 0)
-        for _ in range(2):
-            expected = whole.hidden(tokens, 4)[kept]
-            torch.testing.assert_close(part.hidden(tokens[kept], 4), expected, **CLOSE)
+        window = window_of(denoiser, slots)
+        walk(window, slots, tokens)
+        for slot, prompt in enumerate(prompts):
+            slots.admit(slot, slot, Request(prompt, 0), config, 4)
+        window.admit(range(len(prompts)))
+        window.hidden()
+        pair = torch.tensor([6, 7]), torch.tensor([1, 2])
+        slots.move(*pair), window.move(*pair)
+        slots.active = 6
+        order = torch.tensor([0, 6, 7, 3, 4, 5])
+        found = walk(window, slots, tokens[order])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs[order], **CLOSE)
+
+
+# The approximate caches
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("dual", [False, True])
+def test_cached_canvas_equals_its_definition(
+    make_denoiser: MakeDenoiser, prompts: Prompts, dual: bool, shift: bool
+) -> None:
+    """A short pass by hand: queries of the window, keys of the last full pass outside of it.
+
+    Attention over a mixture of two passes is written with the stock model and one cache of
+    transformers' own, a row at a time.
+    """
+    denoiser = make_denoiser("bidirectional", shift)
+    tokens = canvas(len(prompts))
+    slots = slots_of(prompts)
+    cache = SlotCache(len(prompts), slots.places)
+    with torch.no_grad():
+        found = walk(CachedCanvasWindow(denoiser, slots, cache, dual), slots, tokens)
+        for row, prompt in enumerate(prompts):
+            for number, states in enumerate(found):
+                expected = _mixed_pass(denoiser, prompt, tokens[row], number, dual)
+                torch.testing.assert_close(states[row], expected, **CLOSE)
+
+
+def _mixed_pass(
+    denoiser: Denoiser, prompt: tuple[int, ...], tokens: Tensor, number: int, dual: bool
+) -> Tensor:
+    start, late = number // 2 * 4, number % 2
+    shown = torch.full((LENGTH,), MASK)
+    shown[:start] = tokens[:start]
+    if not late:
+        return _full_pass(denoiser, prompt, shown, start)
+    ids = torch.cat([torch.tensor(prompt), shown])
+    everyone = torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool)
+    memory = DynamicCache()
+    denoiser.model.model(ids[None], attention_mask=everyone, past_key_values=memory, use_cache=True)
+    first = len(prompt) + start - int(denoiser.spec.logit_shift)
+    stop = len(prompt) + start + 4 if dual else len(ids)
+    # Take the window's own places out of the memory; keys carry their positions already.
+    mixed = DynamicCache()
+    outside = torch.tensor([p for p in range(len(ids)) if not first <= p < stop], dtype=torch.int64)
+    for layer, old in enumerate(memory.layers):
+        mixed.update(old.keys[:, :, outside], old.values[:, :, outside], layer)
+    ids[len(prompt) + start : len(prompt) + start + 2] = tokens[start : start + 2]
+    states = denoiser.model.model(
+        ids[None, first:stop],
+        position_ids=torch.arange(first, stop)[None],
+        attention_mask=everyone[:, :, : stop - first],
+        past_key_values=mixed,
+        use_cache=True,
+    ).last_hidden_state
+    return states[0, :4]
+
+
+def test_a_neighbour_at_its_first_step_changes_nothing(
+    make_denoiser: MakeDenoiser, prompts: Prompts
+) -> None:
+    """Rows out of step: full and short passes in one batch, each as if alone."""
+    denoiser, tokens = make_denoiser("bidirectional"), canvas(2)
+    both, alone = slots_of(prompts[:2]), slots_of(prompts[:1])
+    windows = [
+        CachedCanvasWindow(denoiser, slots, SlotCache(2, slots.places), True)
+        for slots in (both, alone)
+    ]
+    with torch.no_grad():
+        for slots, window in zip((both, alone), windows, strict=True):
+            window.hidden()
+            decide(slots, tokens, 2)
+        both.step[0], alone.step[0] = 1, 1  # row 1 stays at its first step
+        together, single = windows[0].hidden(), windows[1].hidden()
+    torch.testing.assert_close(together[:1], single, **CLOSE)

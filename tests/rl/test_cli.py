@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from common.errors import InfrastructureError, UserError
 from common.exits import exit_codes
 from rl.cli import app
-from rl.commands import MASK, coloured
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
@@ -111,14 +110,6 @@ def test_report_prints_the_table(tmp_path: Path) -> None:
     code, out, _ = invoke("report", str(tmp_path))
     assert code == 0 and "report.html" in out
     assert (tmp_path / "report.html").is_file()
-
-
-def test_colours_follow_the_order_and_masks_stand_for_later_steps() -> None:
-    text = coloured(["a", "b", "c"], (2, 0, 1))
-    assert text.plain == "abc"
-    assert [str(span.style) for span in text.spans] == ["#f0834f", "#5b9bec", "#a68f9e"]
-    assert coloured(["a", "b", "c"], (2, 0, 1), now=1).plain == f"{MASK}bc"
-    assert coloured([], ()).plain == ""
 
 
 @pytest.mark.parametrize(

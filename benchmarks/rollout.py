@@ -1,0 +1,287 @@
+"""How fast completions are decoded, beside the published generate loops, in one run.
+
+`python benchmarks/rollout.py [--json] [--cases block_exact,...] [--model runs/demo/rl/hf]`
+
+The reference is written straight from the published loops (LLaDA's `generate`, Dream's
+`diffusion_generate`, the block loops of SDAR and Stable-DiffCoder): a fixed batch, the whole canvas
+in every pass, logits of the whole vocabulary at every position, float64 probabilities, run to
+gen_length. Same weights, prompts and threads; the text must be the same. Not a test of quality,
+but for the threshold curve, which needs the demo's model.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # not this folder
+
+import torch  # noqa: E402
+
+from models.checkpoint import load_checkpoint, new_model  # noqa: E402
+from models.decoding import Decoder  # noqa: E402
+from models.denoiser import Denoiser  # noqa: E402
+from models.request import DecodingConfig, Request  # noqa: E402
+from models.spec import DiffusionSpec  # noqa: E402
+from models.tokenizer import encode_prompt  # noqa: E402
+from rl.data import load_problems  # noqa: E402
+
+Row = dict[str, Any]
+PAD, EOS, MASK = 0, 1, 2
+PUBLIC_VOCABULARY = 151_936
+
+
+class Words:
+    """What the decoder asks of a tokenizer, for random weights: there is no text."""
+
+    eos_token_id = EOS
+
+    def decode(self, ids: Sequence[int], **_: object) -> str:
+        return " ".join(map(str, ids))
+
+
+@torch.no_grad()
+def published_loop(
+    denoiser: Denoiser, prompts: list[tuple[int, ...]], gen_length: int, block: int, steps: int
+) -> list[list[int]]:
+    """Greedy, low-confidence remasking; every row to gen_length. Returns tokens [R][gen_length]."""
+    spec, longest = denoiser.spec, max(map(len, prompts))
+    pad = torch.tensor([longest - len(p) for p in prompts])
+    ids = torch.tensor(
+        [[PAD] * (longest - len(p)) + list(p) + [MASK] * gen_length for p in prompts]
+    )
+    ids[:, longest:] = spec.mask_token_id
+    place = torch.arange(ids.shape[1])
+    positions = (place[None] - pad[:, None]).clamp(min=0)
+    allowed = (place[None, :] >= pad[:, None])[:, None, :]
+    if spec.attention == "block_causal":
+        number = torch.div(place - longest, block, rounding_mode="floor")
+        allowed = allowed & (number[None, :] <= number[:, None])[None]
+    allowed = (allowed | torch.eye(ids.shape[1], dtype=torch.bool))[:, None]
+    for start in range(longest, ids.shape[1], block):
+        for step in range(steps):
+            logits = denoiser.model(ids, attention_mask=allowed, position_ids=positions).logits
+            masked = ids == spec.mask_token_id
+            masked[:, start + block :] = False
+            logits[..., spec.mask_token_id] = float("-inf")
+            found = logits.argmax(-1)
+            probs = logits.to(torch.float64).softmax(-1)
+            sure = probs.gather(-1, found[..., None])[..., 0].masked_fill(~masked, float("-inf"))
+            count = -(-int(masked[0].sum()) // (steps - step))
+            best = sure.topk(count, dim=-1).indices
+            ids.scatter_(1, best, found.gather(1, best))
+    return ids[:, longest:].tolist()
+
+
+def until_eos(ids: list[int]) -> list[int]:
+    """What a published loop leaves to its caller."""
+    return ids[: ids.index(EOS) + 1] if EOS in ids else ids
+
+
+def timed(work: Callable[[], Any], rounds: int = 1) -> tuple[float, Any]:
+    """Seconds of the fastest round, and the last result."""
+    best, result = float("inf"), None
+    for _ in range(rounds):
+        began = time.perf_counter()
+        result = work()
+        best = min(best, time.perf_counter() - began)
+    return best, result
+
+
+def row(case: str, metric: str, unit: str, ours: float, reference: float, ratio: float) -> Row:
+    values = {"ours": ours, "reference": reference, "ratio": ratio}
+    rounded = {name: float(f"{value:.4g}") for name, value in values.items()}
+    return {"case": case, "metric": metric, "unit": unit, **rounded}
+
+
+def random_model(attention: str, vocabulary: int, hidden: int = 64, layers: int = 2) -> Denoiser:
+    """Random weights: large ones, so that logits lie apart."""
+    architecture = {
+        "model_type": "qwen2", "vocab_size": vocabulary, "hidden_size": hidden,
+        "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+        "tie_word_embeddings": True, "initializer_range": 0.1,
+        "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD,
+    }  # fmt: skip
+    block = 4 if attention == "block_causal" else None
+    spec = DiffusionSpec(
+        mask_token_id=MASK, logit_shift=False, attention=attention, block_size=block
+    )  # type: ignore[arg-type]
+    return Denoiser(new_model(architecture, 0).eval(), spec)
+
+
+def random_prompts(count: int, longest: int, seed: int = 0) -> list[tuple[int, ...]]:
+    gen = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(longest // 2, longest + 1, (count,), generator=gen).tolist()
+    return [tuple(torch.randint(3, 500, (n,), generator=gen).tolist()) for n in lengths]
+
+
+def block_exact(options: argparse.Namespace) -> list[Row]:
+    """Block model, block 4, natural EOS lengths, greedy: the demo's model on its test problems."""
+    loaded = load_checkpoint(options.model)
+    problems = load_problems("embedded:test", seed=0, count=options.requests)
+    prompts = [encode_prompt(loaded.tokenizer, problem.prompt) for problem in problems]
+    config = DecodingConfig(gen_length=options.gen_length, temperature=0.0)
+    decoder = Decoder(loaded.denoiser, loaded.tokenizer)
+    requests = [Request(prompt, number) for number, prompt in enumerate(prompts)]
+    decoder.decode(requests[:2], config)
+    seconds, found = timed(lambda: decoder.decode(requests, config), rounds=3)
+    slow, theirs = timed(lambda: published_loop(loaded.denoiser, prompts, options.gen_length, 4, 4))
+    same = sum(
+        list(ours.token_ids) == until_eos(ids) for ours, ids in zip(found, theirs, strict=True)
+    )
+    count = len(prompts)
+    tokens = sum(len(completion.token_ids) for completion in found)
+    return [
+        row("block_exact", "completions", "1/s", count / seconds, count / slow, slow / seconds),
+        row("block_exact", "tokens", "1/s", tokens / seconds, tokens / slow, slow / seconds),
+        row("block_exact", "same_tokens", "completions", same, count, same / count),
+    ]
+
+
+def bidirectional(options: argparse.Namespace) -> list[Row]:
+    """One token a step over the whole canvas, V = 151 936; the caches with blocks of 32."""
+    denoiser = random_model("bidirectional", PUBLIC_VOCABULARY)
+    decoder = Decoder(denoiser, Words())  # type: ignore[arg-type]
+    prompts = random_prompts(1, 64)
+    requests = [Request(prompt, 0) for prompt in prompts]
+    length = options.canvas
+    exact = DecodingConfig(gen_length=length, temperature=0.0)
+    slow, theirs = timed(lambda: published_loop(denoiser, prompts, length, length, length))
+    seconds, found = timed(lambda: decoder.decode(requests, exact))
+    same = float(list(found[0].token_ids) == until_eos(theirs[0]))
+    table = [
+        row("bidirectional_exact", "time", "s", seconds, slow, slow / seconds),
+        row("bidirectional_exact", "same_tokens", "share", same, 1, same),
+    ]
+    for cache in ("prefix", "dual"):
+        config = replace(exact, block_size=32, cache=cache)
+        seconds, _ = timed(lambda config=config: decoder.decode(requests, config))
+        table.append(
+            row(f"bidirectional_cached_{cache}", "time", "s", seconds, slow, slow / seconds)
+        )
+    return table
+
+
+def continuous_batching(options: argparse.Namespace) -> list[Row]:
+    """Ragged lengths through 16 slots, against batches of 16 that wait for their longest row."""
+    decoder = Decoder(random_model("block_causal", 512, hidden=128, layers=4), Words())  # type: ignore[arg-type]
+    gen = torch.Generator().manual_seed(1)
+    count, slots = 2 * options.requests, 16
+    # Most are short, some are long, as natural lengths are: exponential, mean 48, at most 256.
+    lengths = torch.empty(count).exponential_(1 / 48, generator=gen).clamp(4, 256)
+    call = DecodingConfig(gen_length=4, temperature=0.0, max_rows=slots)
+    requests = [
+        Request(prompt, n, replace(call, gen_length=int(length) // 4 * 4))
+        for n, (prompt, length) in enumerate(
+            zip(random_prompts(count, 64), lengths.tolist(), strict=True)
+        )
+    ]
+    longest = DecodingConfig(gen_length=256, temperature=0.0, max_rows=slots)
+
+    def static(padded: bool) -> list[Any]:
+        found = []
+        for start in range(0, count, slots):
+            part = requests[start : start + slots]
+            if padded:  # every row stays in the batch until the longest is done
+                top = max(r.decoding.gen_length for r in part if r.decoding)
+                part = [replace(r, decoding=replace(longest, gen_length=top)) for r in part]
+            found += decoder.decode(part, call)
+        return found
+
+    decoder.decode(requests[:slots], call)
+    seconds, _ = timed(lambda: decoder.decode(requests, call), rounds=3)
+    waiting, _ = timed(lambda: static(True), rounds=3)
+    shrinking, _ = timed(lambda: static(False), rounds=3)
+    return [
+        row("continuous_batching", "time", "s", seconds, waiting, waiting / seconds),
+        row("continuous_batching_shrinking", "time", "s", seconds, shrinking, shrinking / seconds),
+    ]
+
+
+def threshold_curve(options: argparse.Namespace) -> list[Row]:
+    """Tokens per pass and pass@1 of the demo's model; the reference is one token a pass."""
+    from rewards.compose import RewardConfig
+    from rl.config import load_train_config
+    from rl.evaluate import evaluate_checkpoint
+
+    settings = load_train_config(options.config, [f"model.path={options.model}"])
+    scoring: RewardConfig = settings.scoring
+    problems = load_problems("embedded:test", seed=0, count=options.problems)
+    greedy = DecodingConfig(gen_length=64, temperature=0.0)
+    table: list[Row] = []
+    one: tuple[float, float] | None = None
+    for threshold in (None, 0.7, 0.8, 0.9, 0.95, 1.0):
+        config = replace(greedy, threshold=threshold)
+        done = evaluate_checkpoint(options.model, problems, config, scoring)
+        maps = [r.completion.step_map for group in done.groups for r in group.rollouts]
+        rate = sum(map(len, maps)) / sum(max(steps) + 1 for steps in maps)
+        one = one or (rate, done.greedy.value)
+        case = f"threshold_{threshold}"
+        table += [
+            row(case, "tokens_per_pass", "tokens", rate, one[0], rate / one[0]),
+            row(case, "pass@1", "share", done.greedy.value, one[1], done.greedy.value / one[1]),
+        ]
+    return table
+
+
+CASES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "block_exact": block_exact,
+    "bidirectional": bidirectional,
+    "continuous_batching": continuous_batching,
+    "threshold": threshold_curve,
+}
+NEED_MODEL = {"block_exact", "threshold"}
+
+
+def main() -> None:
+    """Print a table, or with --json one object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--model", type=Path, default=Path("runs/demo/rl/hf"))
+    parser.add_argument("--config", type=Path, default=Path("configs/rl/tiny_cpu.yaml"))
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--gen-length", type=int, default=256, help="of block_exact")
+    parser.add_argument("--canvas", type=int, default=256, help="tokens and passes, bidirectional")
+    parser.add_argument("--problems", type=int, default=320, help="of the threshold curve")
+    options = parser.parse_args()
+    table: list[Row] = []
+    absent = {}
+    for name in options.cases.split(","):
+        if name in NEED_MODEL and not (options.model / "diffusion.json").is_file():
+            absent[name] = f"no model in {options.model}; `make demo` makes one, or --model"
+            continue
+        table += CASES[name](options)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    machine = f"{platform.machine()}, {cores} cores, {threads} threads, torch {torch.__version__}"
+    if options.json:
+        record = {"name": "rollout", "machine": machine, "commit": commit, "rows": table}
+        print(json.dumps(record | {"absent": absent}))
+        return
+    print(f"rollout on {machine}, commit {commit}")
+    print(f"{'case':32}{'metric':18}{'unit':14}{'ours':>10}{'reference':>12}{'ratio':>9}")
+    for r in table:
+        names = f"{r['case']:32}{r['metric']:18}{r['unit']:14}"
+        print(f"{names}{r['ours']:>10}{r['reference']:>12}{r['ratio']:>9}")
+    for name, reason in absent.items():
+        print(f"{name:32}absent: {reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Completions on a terminal while they are decoded. Not the decoding: it is shown snapshots.
+
+On a terminal the text grows block by block, or pass by pass with the places that are still masked,
+and ends coloured by the order of unmasking. Into a file or a pipe one completion is streamed block
+by block as plain text; several are written when all are done.
+"""
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+from transformers import PreTrainedTokenizerFast
+
+from common.records import Completion
+from models.decoding import Snapshot
+
+MASK = "░"
+FRAMES_PER_S = 20
+# Where a character's bytes are not all there yet.
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class Screen:
+    """Shows `samples` completions.
+
+    Args:
+        show_steps: every pass is a frame, slow enough to be watched; only on a terminal.
+    """
+
+    def __init__(
+        self, console: Console, tokenizer: PreTrainedTokenizerFast, samples: int, show_steps: bool
+    ) -> None:
+        self._console, self._tokenizer = console, tokenizer
+        self._texts = [Text() for _ in range(samples)]
+        self._show_steps = show_steps
+        self._streamed = ""
+        self._live = Live(console=console, transient=True, auto_refresh=False)
+
+    def __enter__(self) -> "Screen":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def show(self, snapshot: Snapshot) -> None:
+        """One request after one pass (`Decoder.decode(watch=...)`)."""
+        if not self._console.is_terminal:
+            if len(self._texts) == 1:
+                self._stream(snapshot)
+            return
+        ids = snapshot.ids if self._show_steps else snapshot.ids[: snapshot.final]
+        eos, mask = self._tokenizer.eos_token_id, self._tokenizer.mask_token_id
+        text = Text()
+        for place, token in enumerate(ids[: _until(ids, eos)]):
+            known = token != mask
+            piece = str(self._tokenizer.decode([token])) if known else MASK
+            text.append(piece, style="" if place < snapshot.final else "bold" if known else "dim")
+        self._texts[snapshot.request] = text
+        self._live.update(Group(*self._texts), refresh=True)
+        if self._show_steps:
+            time.sleep(1 / FRAMES_PER_S / len(self._texts))
+
+    def finish(self, completions: Sequence[Completion]) -> None:
+        """All are done: what is left to print."""
+        for completion in completions:
+            if self._streamed or not self._console.is_terminal:
+                rest = completion.text[len(self._streamed) :]
+                self._console.out(rest, highlight=False)
+                continue
+            ids = completion.token_ids
+            ids = ids[: _until(ids, self._tokenizer.eos_token_id)]
+            pieces = [str(self._tokenizer.decode([token])) for token in ids]
+            self._console.print(coloured(pieces, completion.step_map))
+
+    def _stream(self, snapshot: Snapshot) -> None:
+        final = snapshot.ids[: snapshot.final]
+        ids = final[: _until(final, self._tokenizer.eos_token_id)]
+        text = str(self._tokenizer.decode(ids, skip_special_tokens=True)).rstrip(INCOMPLETE)
+        if len(text) > len(self._streamed):
+            self._console.out(text[len(self._streamed) :], end="", highlight=False)
+            self._console.file.flush()
+            self._streamed = text
+
+
+def coloured(pieces: Sequence[str], steps: Sequence[int]) -> Text:
+    """Tokens from blue (unmasked first) to orange (last)."""
+    last = max(steps[: len(pieces)], default=0) or 1
+    text = Text()
+    for piece, step in zip(pieces, steps, strict=False):
+        share = step / last
+        colour = "#" + "".join(
+            f"{round(a + (b - a) * share):02x}"
+            for a, b in zip((91, 155, 236), (240, 131, 79), strict=True)
+        )
+        text.append(piece, style=colour)
+    return text
+
+
+def _until(ids: Sequence[int], eos: int) -> int:
+    return ids.index(eos) if eos in ids else len(ids)
