@@ -55,6 +55,8 @@ class Completion:
     decoded behind it in the same block: context for the likelihood, never supervised, never text.
     `step_map[i]` is the denoising step, counted from 0 over the whole completion, that fixed
     position i, and `confidences[i]` its confidence then; both cover `token_ids + tail_ids`.
+    `behaviour_logps` are estimates for `token_ids` under the plain model that decoded them, one
+    tuple for each of the masks that the request named; empty if it named none.
     """
 
     token_ids: tuple[int, ...]
@@ -63,6 +65,7 @@ class Completion:
     finish_reason: Literal["eos", "length"]
     step_map: tuple[int, ...]
     confidences: tuple[float, ...]
+    behaviour_logps: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,13 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import InfrastructureError, UserError
 from common.records import Completion
+from diffusion.likelihood import EstimatorConfig
 from diffusion.sampling import draw, target_distribution
 from diffusion.unmasking import choose, mixed_confidence, ranking
 from models.cache import SlotCache, affordable_slots
 from models.denoiser import Denoiser
 from models.request import DecodingConfig, Request
+from models.scoring import with_behaviour_logps
 from models.slots import Slots
 from models.windows import BlockWindow, CachedCanvasWindow, CanvasWindow, Window
 
@@ -70,6 +72,7 @@ class Decoder:
         config: DecodingConfig,
         on_progress: Callable[[int], None] | None = None,
         watch: Watch | None = None,
+        estimator: EstimatorConfig | None = None,
     ) -> list[Completion]:
         """Completions in the order of `requests`.
 
@@ -78,6 +81,7 @@ class Decoder:
                 the call.
             on_progress: told how many completions have just been finished.
             watch: shown every row after every pass.
+            estimator: of the log-probabilities that requests ask for with `mask_seeds`.
 
         Raises:
             UserError: sizes that do not fit the checkpoint, an empty prompt, or too little memory.
@@ -85,6 +89,8 @@ class Decoder:
         """
         if any(not request.prompt_ids for request in requests):
             raise UserError("empty prompt: a completion needs at least one prompt token")
+        if estimator is None and any(request.mask_seeds for request in requests):
+            raise ValueError("requests with mask_seeds need an estimator")
         config.resolve(self.denoiser.spec)
         parts: dict[tuple[int, str], list[int]] = {}
         for number, request in enumerate(requests):
@@ -97,11 +103,14 @@ class Decoder:
             before = self._weights_version()
             for numbers in parts.values():
                 _Run(self, requests, numbers, config, done, on_progress, watch).finish()
+            completions = [done[number] for number in range(len(requests))]
+            if estimator is not None:
+                completions = with_behaviour_logps(self.denoiser, requests, completions, estimator)
             if self._weights_version() != before:
                 raise InfrastructureError(
                     "weights changed while requests were decoded; change them in Decoder.updating()"
                 )
-        return [done[number] for number in range(len(requests))]
+        return completions
 
     def _weights_version(self) -> int:
         """Grows whenever a weight is written to."""

@@ -28,7 +28,7 @@ class DecodingConfig:
     early_exit: for bidirectional models: a row is done when everything up to its first EOS is
         decided. The text is exactly the same; what would have followed the EOS is not recorded.
 
-    The rest belongs to a call, not to a request, as do block_size and cache:
+    The rest belongs to a call, not to a request:
     max_rows: most requests decoded side by side.
     cache_mib: most memory for keys and values, in MiB.
     """
@@ -103,9 +103,12 @@ class Request:
     """One completion to make; `seed` is its only source of randomness.
 
     decoding: how to decode this one; None is as the call says. Requests of all kinds share a
-    batch, but have the call's `cache` and one block size.
+            call; those of one block size and cache share a batch.
+    mask_seeds: seeds of coupled masks (made of names) under which the decoding weights score what
+        they have made (`Completion.behaviour_logps`).
     """
 
     prompt_ids: tuple[int, ...]
     seed: int
     decoding: DecodingConfig | None = None
+    mask_seeds: tuple[int, ...] = ()
