@@ -12,10 +12,8 @@ from torch import Tensor
 
 Remasking = Literal["entropy", "low_confidence", "margin", "random", "left_to_right"]
 ORDERS: tuple[Remasking, ...] = get_args(Remasking)
-# Scores are compared on a grid. A trained model is often as sure as float32 can say of several
-# positions at once; what then differs is the rounding of a batched product, which depends on the
-# batch. On the grid they tie, and ties go to the left.
-GRID = 2.0**16
+# Binary digits to which scores are compared (`on_grid`).
+GRID_BITS = 16
 
 
 def confidence(
@@ -68,6 +66,21 @@ def ranking(
     return score + order_temperature_R[:, None] * gumbel
 
 
+def on_grid(score: Tensor) -> Tensor:
+    """Scores to sixteen binary digits: after the leading one above 0, after the point below.
+
+    A trained model is often as sure of several positions as float32 can say; what then differs is
+    the rounding of a batched product, which depends on the batch. On the grid they tie, and ties
+    go to the left. Rounding moves logits by about 1e-6 whatever they are, hence probabilities by
+    that share of themselves (a flat distribution over 150 000 tokens still has an order), but
+    entropies, which are negative here, by that amount.
+    """
+    mantissa, exponent = torch.frexp(score)
+    relative = torch.ldexp((mantissa * 2**GRID_BITS).round(), exponent - GRID_BITS)
+    absolute = (score * 2**GRID_BITS).round() / 2**GRID_BITS
+    return torch.where(score > 0, relative, absolute)
+
+
 def choose(
     confidence_RP: Tensor,
     masked_RP: Tensor,
@@ -88,7 +101,7 @@ def choose(
         float("nan") if threshold is None else threshold, dtype=torch.float32, device=device
     ).reshape(-1, 1)
     steps = torch.as_tensor(steps_left, device=device).reshape(-1, 1)
-    score = ((confidence_RP if rank_RP is None else rank_RP) * GRID).round()
+    score = on_grid(confidence_RP if rank_RP is None else rank_RP)
     score = score.masked_fill(~masked_RP, float("-inf"))
     order = score.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(

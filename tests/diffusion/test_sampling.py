@@ -100,3 +100,16 @@ def test_a_draw_does_not_depend_on_its_neighbours() -> None:
     together = draw(probs, uniform, 1.0)
     alone: list[Tensor] = [draw(probs[i : i + 1], uniform[i : i + 1], 1.0) for i in range(50)]
     assert torch.equal(together, torch.cat(alone))
+
+
+def test_every_row_has_its_own_settings() -> None:
+    """One call with the settings of all hand-made cases, against one call each."""
+    settings = [(1.0, 1.0, 0), (0.0, 1.0, 0), (0.5, 0.7, 0), (1.0, 0.9, 2), (1 / 3, 1.0, 1)]
+    heat, top_p, top_k = (torch.tensor(values) for values in zip(*settings, strict=True))
+    rows = LOGITS.expand(len(settings), -1)
+    found = target_distribution(rows, heat, top_p, top_k, MASK)
+    for row, one in zip(found.tolist(), settings, strict=True):
+        assert row == pytest.approx(target(*one), abs=1e-6)
+    uniform = torch.full((len(settings),), 0.9)
+    drawn = draw(found, uniform, heat).tolist()
+    assert drawn == [2, 0, 0, 1, 0]  # 0.9: the last token, greedy, the only one, of two, of one
