@@ -6,15 +6,11 @@ are computed only where they are asked for, never as [rows, length, vocabulary].
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from diffusion.layout import TokenRows
+from models.head import TargetHead
 from models.spec import DiffusionSpec
-
-# Tokens whose logits exist at one time while training: bounds the memory of the last layer.
-SCORE_CHUNK = 4096
 
 
 class Denoiser(nn.Module):
@@ -22,6 +18,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, model: nn.Module, spec: DiffusionSpec) -> None:
         super().__init__()
+        model.lm_head = TargetHead.over(model.lm_head)  # type: ignore[arg-type]
         self.model = model
         self.spec = spec
 
@@ -29,14 +26,7 @@ class Denoiser(nn.Module):
         """Log-probabilities float32 [N] of `rows.targets` at `rows.select` (a `TokenScorer`)."""
         hidden = self.hidden(rows.input_ids, rows.position_ids, rows.attention_mask)
         chosen = hidden.reshape(-1, hidden.shape[-1])[rows.select]
-        if len(chosen) <= SCORE_CHUNK:
-            return self._logps(chosen, rows.targets)
-        # Recomputed in backward: only one chunk's [chunk, V] logits are alive at a time.
-        parts = [
-            checkpoint(self._logps, h, t, use_reentrant=False)
-            for h, t in zip(chosen.split(SCORE_CHUNK), rows.targets.split(SCORE_CHUNK), strict=True)
-        ]
-        return torch.cat(parts)
+        return self.model.lm_head(chosen, rows.targets)  # type: ignore[operator]
 
     def hidden(
         self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any = None
@@ -53,6 +43,3 @@ class Denoiser(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
         return self.model.lm_head(hidden)  # type: ignore[operator]
-
-    def _logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return -nn.functional.cross_entropy(self.logits(hidden).float(), targets, reduction="none")

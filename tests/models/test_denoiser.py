@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import diffusion.objective as objective
-import models.denoiser
 from diffusion.layout import Sequence, TokenRows, build_rows
 from diffusion.likelihood import EstimatorConfig, estimate_logps
 from diffusion.masking import Corruption, coupled_masks, generator
@@ -226,27 +225,6 @@ def test_later_blocks_and_other_views_are_invisible(make_denoiser: MakeDenoiser)
         score(denoiser, rows_of(denoiser, [one], [companion]))[:first],
         **CLOSE,
     )
-
-
-def test_chunked_scoring_equals_one_piece(
-    make_denoiser: MakeDenoiser, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    denoiser = make_denoiser()
-    rows = rows_of(denoiser, [sequence_of(3, 12)], [random_masks(2, 12, seed=2)])
-    results = []
-    for chunk in (4096, 5):
-        monkeypatch.setattr(models.denoiser, "SCORE_CHUNK", chunk)
-        denoiser.zero_grad()
-        logps = denoiser(rows)
-        logps.square().sum().backward()
-        grads = [value.grad.clone() for value in denoiser.parameters() if value.grad is not None]
-        results.append((logps.detach(), grads))
-    denoiser.zero_grad(set_to_none=True)
-    (whole, whole_grads), (parts, parts_grads) = results
-    assert len(whole) > 10
-    torch.testing.assert_close(parts, whole)
-    for ours, theirs in zip(parts_grads, whole_grads, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 # Pretraining rows: packing changes nothing

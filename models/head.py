@@ -1,0 +1,113 @@
+"""The last layer as a question: how likely is this token here? Never a [positions, V] tensor.
+
+Not a loss and not a sampler (`Denoiser.logits` still gives whole rows to the decoder). Forward and
+backward walk the vocabulary in slices: memory is bounded by `LOGIT_BUDGET` whatever the number of
+positions, each slice of the weight's gradient is one matrix product (so bfloat16 sums stay in the
+product's float32 accumulator), and the logits are computed again in backward instead of kept.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Logits alive at one time (32 MiB in float32); a slice is never narrower than MIN_SLICE columns.
+LOGIT_BUDGET = 2**23
+MIN_SLICE = 256
+
+
+class TargetHead(nn.Linear):
+    """An output layer that can also answer for single targets.
+
+    It *is* the checkpoint's `lm_head` (the same parameters under the same name), so tied embeddings
+    stay tied, and hooks that gather a sharded weight (ZeRO-3) fire as for any other layer.
+    """
+
+    @classmethod
+    def over(cls, linear: nn.Linear) -> "TargetHead":
+        """The same layer as a `TargetHead`: shares `linear`'s parameters."""
+        if isinstance(linear, cls):
+            return linear
+        head = cls(1, 1, bias=linear.bias is not None, device="meta")
+        head.in_features, head.out_features = linear.in_features, linear.out_features
+        head.weight, head.bias = linear.weight, linear.bias
+        return head.train(linear.training)
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits [..., V] of `hidden` [..., D]; or, with `targets` int64 [N] and `hidden` [N, D],
+        the targets' log-probabilities [N] (float32, or float64 of float64)."""
+        if targets is None:
+            return super().forward(hidden)
+        kind = hidden.device.type
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if torch.is_autocast_enabled(kind):  # as autocast treats a linear layer
+            dtype = torch.get_autocast_dtype(kind)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return _TargetLogps.apply(hidden, weight, bias, targets)
+
+
+class _TargetLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T + bias)[targets], slice by slice of the vocabulary."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        total = torch.full(
+            targets.shape, -torch.inf, dtype=_exact(hidden.dtype), device=hidden.device
+        )
+        chosen = torch.zeros_like(total)
+        for start, stop in _slices(len(targets), len(weight)):
+            logits = _logits(hidden, weight, bias, start, stop)
+            here, column = _inside(targets, start, stop)
+            chosen[here] = logits[here, column]
+            total = torch.logaddexp(total, logits.logsumexp(-1))
+        ctx.save_for_backward(hidden, weight, bias, targets, total)
+        return chosen - total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, total = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        grad_hidden = torch.zeros_like(hidden, dtype=total.dtype) if wanted[0] else None
+        grad_weight = torch.empty_like(weight) if wanted[1] else None
+        grad_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
+        for start, stop in _slices(len(targets), len(weight)):
+            # d logp / d logits = onehot - softmax, times the token's own gradient.
+            slope = _logits(hidden, weight, bias, start, stop)
+            slope = slope.sub_(total[:, None]).exp_().mul_(-grad[:, None])
+            here, column = _inside(targets, start, stop)
+            slope[here, column] += grad[here]
+            if grad_bias is not None:
+                grad_bias[start:stop] = slope.sum(0)
+            slope = slope.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden += slope @ weight[start:stop]
+            if grad_weight is not None:
+                torch.mm(slope.T, hidden, out=grad_weight[start:stop])
+        out = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
+        return out, grad_weight, grad_bias, None
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
+    part = None if bias is None else bias[start:stop]
+    return nn.functional.linear(hidden, weight[start:stop], part).to(_exact(hidden.dtype))
+
+
+def _slices(positions: int, vocabulary: int) -> Iterator[tuple[int, int]]:
+    width = max(MIN_SLICE, LOGIT_BUDGET // max(positions, 1))
+    for start in range(0, vocabulary, width):
+        yield start, min(start + width, vocabulary)
+
+
+def _inside(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Which targets lie in a slice (int64 places), and their columns in it."""
+    here = ((targets >= start) & (targets < stop)).nonzero()[:, 0]
+    return here, targets[here] - start
