@@ -16,11 +16,18 @@ from diffusion.attention import block_index, visibility
 
 @dataclass(frozen=True)
 class Sequence:
-    """One completion to score: `supervised` leading tokens count, the rest (tail) is context."""
+    """One completion to score: `supervised` leading tokens count, the rest (tail) is context.
+
+    step_map: the denoising step that fixed each token of `completion_ids`, if it is known.
+    undecided: masks behind the completion that a bidirectional model saw while it decoded (blocks
+        of the canvas that were never reached); a block-causal model sees nothing behind.
+    """
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     supervised: int
+    step_map: tuple[int, ...] | None = None
+    undecided: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ def build_rows(
     mask_token_id: int,
     block_size: int | None,
     logit_shift: bool,
+    scored: List[Tensor] | None = None,
 ) -> TokenRows:
     """Rows that score, in every view, the supervised tokens that the view hides.
 
@@ -68,6 +76,7 @@ def build_rows(
         sequences: B completions.
         masks: per completion bool [V, len(completion_ids)]: what each view hides.
         block_size: None for bidirectional models.
+        scored: per completion bool [V, len(completion_ids)]: what to score instead.
 
     Returns:
         `TokenRows` with `select` ordered by completion, then view, then position.
@@ -78,11 +87,16 @@ def build_rows(
     if logit_shift and not all(sequence.prompt_ids for sequence in sequences):
         raise ValueError("with logit_shift a completion needs at least one prompt token")
     rows: list[_Row] = []
-    for sequence, mask in zip(sequences, masks, strict=True):
+    if scored is None:
+        scored = [_supervised(s, mask) for s, mask in zip(sequences, masks, strict=True)]
+    for sequence, mask, wanted in zip(sequences, masks, scored, strict=True):
         if block_size is None:
-            rows += [_canvas_row(sequence, view, mask_token_id, logit_shift) for view in mask]
+            rows += [
+                _canvas_row(sequence, view, part, mask_token_id, logit_shift)
+                for view, part in zip(mask, wanted, strict=True)
+            ]
         else:
-            rows.append(_block_row(sequence, mask, mask_token_id, block_size, logit_shift))
+            rows.append(_block_row(sequence, mask, wanted, mask_token_id, block_size, logit_shift))
     return _pad(rows)
 
 
@@ -90,7 +104,7 @@ def row_tokens(sequence: Sequence, views: int, block_size: int | None) -> int:
     """Tokens that the forward pass of one completion with `views` masks costs."""
     prompt, completion = len(sequence.prompt_ids), len(sequence.completion_ids)
     if block_size is None:
-        return views * (prompt + completion)
+        return views * (prompt + completion + sequence.undecided)
     return prompt + _clean_length(completion, block_size) + views * completion
 
 
@@ -99,12 +113,15 @@ def _clean_length(completion: int, block_size: int) -> int:
     return (max(completion, 1) - 1) // block_size * block_size
 
 
-def _canvas_row(sequence: Sequence, mask: Tensor, mask_token_id: int, shift: bool) -> _Row:
+def _canvas_row(
+    sequence: Sequence, mask: Tensor, scored: Tensor, mask_token_id: int, shift: bool
+) -> _Row:
     prompt = len(sequence.prompt_ids)
     completion = torch.tensor(sequence.completion_ids, dtype=torch.int64)
     noisy = completion.masked_fill(mask, mask_token_id)
-    ids = torch.cat([torch.tensor(sequence.prompt_ids, dtype=torch.int64), noisy])
-    hidden = _supervised_hidden(mask, sequence.supervised)
+    behind = torch.full((sequence.undecided,), mask_token_id)
+    ids = torch.cat([torch.tensor(sequence.prompt_ids, dtype=torch.int64), noisy, behind])
+    hidden = scored.nonzero()[:, 0]
     ones = torch.ones_like(ids)
     return _Row(
         ids=ids,
@@ -117,7 +134,12 @@ def _canvas_row(sequence: Sequence, mask: Tensor, mask_token_id: int, shift: boo
 
 
 def _block_row(
-    sequence: Sequence, masks: Tensor, mask_token_id: int, block_size: int, shift: bool
+    sequence: Sequence,
+    masks: Tensor,
+    scored: Tensor,
+    mask_token_id: int,
+    block_size: int,
+    shift: bool,
 ) -> _Row:
     prompt, length = len(sequence.prompt_ids), len(sequence.completion_ids)
     completion = torch.tensor(sequence.completion_ids, dtype=torch.int64)
@@ -129,8 +151,8 @@ def _block_row(
     position = torch.cat([torch.arange(clean), noisy_position.repeat(views)])
     view = torch.cat([torch.zeros(clean, dtype=torch.int64), _repeat(range(1, views + 1), length)])
     source, target = [], []
-    for number, mask in enumerate(masks):
-        hidden = _supervised_hidden(mask, sequence.supervised)
+    for number, wanted in enumerate(scored):
+        hidden = wanted.nonzero()[:, 0]
         place = clean + number * length + hidden
         if shift:
             # The first token of a block is predicted from the clean end of the block before it.
@@ -152,8 +174,8 @@ def _repeat(values: range, times: int) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int64).repeat_interleave(times)
 
 
-def _supervised_hidden(mask: Tensor, supervised: int) -> Tensor:
-    return mask[:supervised].nonzero()[:, 0]
+def _supervised(sequence: Sequence, mask: Tensor) -> Tensor:
+    return mask & (torch.arange(mask.shape[1]) < sequence.supervised)
 
 
 def _pad(rows: List[_Row]) -> TokenRows:

@@ -98,3 +98,43 @@ def coupled_masks(
     if not masks:
         return torch.zeros(0, length, dtype=torch.bool), torch.zeros(0)
     return torch.stack(masks), torch.stack(ratios)
+
+
+def independent_masks(
+    length: int, ratio_range: tuple[float, float], num_masks: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Masks that know nothing of each other, each with its own t ~ U(ratio_range).
+
+    Returns:
+        masks bool [num_masks, length] and the nominal ratios float [num_masks].
+    """
+    masks, ratios = [], []
+    low, high = ratio_range
+    for number in range(num_masks):
+        gen = generator(derive_seed(seed, "mask", number))
+        t = low + (high - low) * torch.rand((), generator=gen)
+        masks.append(torch.rand(length, generator=gen) < t)
+        ratios.append(t)
+    return torch.stack(masks), torch.stack(ratios)
+
+
+def counted_masks(length: int, block_size: int, num_masks: int, seed: int) -> tuple[Tensor, Tensor]:
+    """In every block of n tokens hide k of them, k uniform in 1 .. n (LLaDA, eq. 6).
+
+    Returns:
+        masks bool [num_masks, length] and each token's n / k, float [num_masks, length].
+    """
+    masks, weights = [], []
+    block = torch.arange(length) // block_size
+    blocks = int(block[-1]) + 1
+    size = torch.bincount(block)
+    for number in range(num_masks):
+        gen = generator(derive_seed(seed, "sample", number))
+        # Double: in float32 u * n may round up to n.
+        count = 1 + (torch.rand(blocks, generator=gen, dtype=torch.float64) * size).long()
+        noise = torch.rand(length, generator=gen, dtype=torch.float64)
+        # Rank of each token's noise within its own block.
+        smaller = (noise[None, :] < noise[:, None]) & (block[None, :] == block[:, None])
+        masks.append(smaller.sum(1) < count[block])
+        weights.append((size / count)[block].float())
+    return torch.stack(masks), torch.stack(weights)

@@ -66,6 +66,7 @@ def sequence_of(rollout: Rollout) -> Sequence:
         prompt_ids=rollout.prompt_ids,
         completion_ids=completion.token_ids + completion.tail_ids,
         supervised=len(completion.token_ids),
+        step_map=completion.step_map or None,
     )
 
 

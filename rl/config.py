@@ -176,7 +176,7 @@ def _impossible(config: TrainConfig) -> list[tuple[bool, str]]:
             f"rollout.decoding.block_size={block}: a step fixes at least one token",
         ),
         (
-            estimator.num_pairs == 0 and estimator.mode == "parity",
+            estimator.kind == "coupled" and estimator.num_pairs == 0 and estimator.mode == "parity",
             "algorithm.estimator.mode=parity weighs coupled pairs, but "
             "algorithm.estimator.num_pairs=0 has none; use num_pairs=1 or mode=normalised",
         ),

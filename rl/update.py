@@ -19,7 +19,8 @@ from common.config import Section
 from common.errors import UserError
 from common.records import Group
 from diffusion.layout import TokenRows
-from diffusion.likelihood import EstimatorConfig, TokenScorer, estimate_logps, forward_tokens
+from diffusion.likelihood import TokenScorer, estimate_logps, forward_tokens
+from diffusion.views import EstimatorConfig
 from models.denoiser import Denoiser
 from models.engine import Engine
 from models.spec import DiffusionSpec

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import diffusion.likelihood as likelihood
+import diffusion.views as views
 from diffusion.layout import Sequence, TokenRows, build_rows
-from diffusion.likelihood import EstimatorConfig, estimate_logps, forward_tokens
+from diffusion.likelihood import estimate_logps, forward_tokens
 from diffusion.masking import coupled_masks
+from diffusion.views import EstimatorConfig, count_views
 
 Mode = Literal["normalised", "parity"]
 
@@ -49,7 +50,7 @@ def fixed_masks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert length == 4
         return masks[: 2 * num_pairs], ratios[: 2 * num_pairs]
 
-    monkeypatch.setattr(likelihood, "coupled_masks", draw)
+    monkeypatch.setattr(views, "coupled_masks", draw)
 
 
 # Scored in order: the full mask gives a = -1, -2, -3 (token 3 is the tail: not scored);
@@ -155,7 +156,7 @@ def test_forward_tokens_counts_what_is_built(block_size: int | None, num_pairs: 
     )
     spec = Spec(block_size=block_size, attention=attention)
     config = EstimatorConfig(num_pairs=num_pairs)
-    masks = torch.ones(config.views, 4, dtype=torch.bool)
+    masks = torch.ones(count_views(SEQUENCE, config, block_size), 4, dtype=torch.bool)
     rows = build_rows(
         [SEQUENCE], [masks], mask_token_id=0, block_size=block_size, logit_shift=False
     )

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import diffusion.objective as objective
 from diffusion.layout import Sequence, TokenRows, build_rows
-from diffusion.likelihood import EstimatorConfig, estimate_logps
+from diffusion.likelihood import estimate_logps
 from diffusion.masking import Corruption, coupled_masks, generator
 from diffusion.objective import Noise, Packing, block_diffusion_rows, canvas_rows, next_token_rows
+from diffusion.views import EstimatorConfig
 from models.denoiser import Denoiser
 from pretrain.data import Document, PackedRows, to_tensors
 

@@ -15,8 +15,9 @@ import rl.update
 from common.errors import UserError
 from common.records import Completion, Group, Problem, Rollout, Score
 from diffusion.layout import TokenRows
-from diffusion.likelihood import EstimatorConfig, estimate_logps
+from diffusion.likelihood import estimate_logps
 from diffusion.masking import coupled_masks
+from diffusion.views import EstimatorConfig
 from models.checkpoint import new_model
 from models.denoiser import Denoiser
 from models.engine import EngineConfig, OptimConfig, StepInfo, TorchEngine
