@@ -1,4 +1,4 @@
-"""Who sees whom: one rule for every attention pattern, as boolean masks. Not an attention kernel.
+"""Who sees whom: one rule for every attention pattern. Not an attention kernel.
 
 A row is a list of tokens, each with a *view* and a *block*. View 0 is clean text (x_0); views
 1, 2, ... are noisy copies (x_t). Clean tokens see clean tokens of their own and earlier blocks.
@@ -7,8 +7,11 @@ view this is the `[x_t ; x_0]` form of block diffusion (BD3-LM, SDAR, Stable-Dif
 several it scores several masks of one completion over one shared clean context.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def block_index(position: Tensor, origin: Tensor | int, block_size: int) -> Tensor:
@@ -21,27 +24,69 @@ def block_index(position: Tensor, origin: Tensor | int, block_size: int) -> Tens
     return torch.div(position - origin, block_size, rounding_mode="floor")
 
 
-def visibility(
-    view_BS: Tensor, block_BS: Tensor, document_BS: Tensor | None, valid_BS: Tensor
+def may_see(
+    view: Tensor,
+    block: Tensor,
+    document: Tensor | None,
+    valid: Tensor,
+    row: Tensor,
+    query: Tensor,
+    key: Tensor,
 ) -> Tensor:
-    """Which query (row) may see which key (column): bool [B, S, S].
+    """May the token in column `query` see the one in column `key`? The rule, written once.
 
     Args:
-        view_BS: int, 0 for clean tokens, v >= 1 for the v-th noisy view.
-        block_BS: int, block of each token. Equal everywhere: bidirectional; equal to the
-            position: causal.
-        document_BS: int, packed documents do not see each other; None makes them mutually
-            visible (Stable-DiffCoder's packing: then blocks must be numbered along the row).
-        valid_BS: bool, False for padding. A pad sees only itself (never nothing: softmax over
-            an empty row is NaN, and NaN leaks through masked keys).
+        view, block, document, valid: as in `Pattern`. Tensors, not the object: attention kernels
+            compile this function.
+        row, query, key: int; they broadcast, or are scalars inside a kernel.
     """
-    query_view, key_view = view_BS[:, :, None], view_BS[:, None, :]
-    query_block, key_block = block_BS[:, :, None], block_BS[:, None, :]
-    clean_key = key_view == 0
-    earlier = clean_key & (key_block < query_block)
+    query_view, key_view = view[row, query], view[row, key]
+    query_block, key_block = block[row, query], block[row, key]
+    earlier = (key_view == 0) & (key_block < query_block)
     same_block = (query_view == key_view) & (query_block == key_block)
-    allowed = earlier | same_block
-    if document_BS is not None:
-        allowed &= document_BS[:, :, None] == document_BS[:, None, :]
-    allowed &= valid_BS[:, :, None] & valid_BS[:, None, :]
-    return allowed | torch.eye(view_BS.shape[1], dtype=torch.bool, device=view_BS.device)
+    allowed = (earlier | same_block) & valid[row, query] & valid[row, key]
+    if document is not None:
+        allowed = allowed & (document[row, query] == document[row, key])
+    return allowed | (query == key)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Who sees whom in B rows of S tokens, said token by token: O(S) numbers for S * S answers.
+
+    view: int [B, S], 0 for clean tokens, v >= 1 for the v-th noisy view.
+    block: int [B, S]. Equal everywhere: bidirectional; equal to the position: causal.
+    document: int [B, S], packed documents do not see each other; None makes them mutually visible
+        (Stable-DiffCoder's packing: then blocks must be numbered along the row).
+    valid: bool [B, S], False for padding. A pad sees only itself (never nothing: softmax over an
+        empty row is NaN, and NaN leaks through masked keys).
+    """
+
+    view: Tensor
+    block: Tensor
+    document: Tensor | None
+    valid: Tensor
+
+    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The answers for queries in [start, stop): bool [B, stop - start, S]."""
+        rows, length = self.view.shape
+        device = self.view.device
+        row = torch.arange(rows, device=device)[:, None, None]
+        column = torch.arange(length, device=device)
+        query = column[start:stop, None]
+        return may_see(self.view, self.block, self.document, self.valid, row, query, column)
+
+    def to(self, device: torch.device) -> "Pattern":
+        """The same on another device."""
+        document = None if self.document is None else self.document.to(device)
+        return Pattern(self.view.to(device), self.block.to(device), document, self.valid.to(device))
+
+    def padded(self, width: int) -> "Pattern":
+        """With `width` more columns of padding on the right."""
+        document = None if self.document is None else pad(self.document, (0, width))
+        return Pattern(
+            pad(self.view, (0, width)),
+            pad(self.block, (0, width)),
+            document,
+            pad(self.valid, (0, width)),
+        )

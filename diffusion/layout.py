@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from diffusion.attention import block_index, visibility
+from diffusion.attention import Pattern, block_index
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,39 @@ class Sequence:
 class TokenRows:
     """Input of one forward pass and the tokens to score in it.
 
-    input_ids, position_ids int64 [B, S]; attention_mask bool [B, 1, S, S] (True: may see);
+    input_ids, position_ids int64 [B, S]; pattern: who sees whom in them;
     select int64 [N]: flat places (row * S + column) whose hidden state predicts targets int64 [N].
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
+    pattern: Pattern
     select: Tensor
     targets: Tensor
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """The pattern as a dense mask: bool [B, 1, S, S] (True: may see)."""
+        return self.pattern.dense()[:, None]
 
     def to(self, device: torch.device) -> "TokenRows":
         """The same rows on another device."""
         return TokenRows(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
+
+    def padded(self, multiple: int) -> "TokenRows":
+        """The same rows, padded on the right to a multiple of so many columns."""
+        length = self.input_ids.shape[1]
+        width = -length % multiple
+        if not width:
+            return self
+        row = torch.div(self.select, length, rounding_mode="floor")
+        return TokenRows(
+            pad(self.input_ids, (0, width)),
+            pad(self.position_ids, (0, width)),
+            self.pattern.padded(width),
+            self.select + row * width,
+            self.targets,
+        )
 
 
 @dataclass(frozen=True)
@@ -191,7 +212,7 @@ def _pad(rows: List[_Row]) -> TokenRows:
 
     lengths = torch.tensor([len(row.ids) for row in rows])
     valid = torch.arange(longest) < lengths[:, None]
-    mask = visibility(stack("view"), stack("block"), None, valid)
+    pattern = Pattern(stack("view"), stack("block"), None, valid)
     select = torch.cat([number * longest + row.source for number, row in enumerate(rows)])
     targets = torch.cat([row.target for row in rows])
-    return TokenRows(stack("ids"), stack("position"), mask[:, None], select, targets)
+    return TokenRows(stack("ids"), stack("position"), pattern, select, targets)

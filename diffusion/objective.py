@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from diffusion.attention import visibility
+from diffusion.attention import Pattern
 from diffusion.layout import TokenRows
 from diffusion.masking import Corruption, corrupt_blocks, corrupt_canvas
 
@@ -68,11 +68,11 @@ def next_token_rows(rows: Rows, packing: Packing = "per_document") -> TrainingRo
     zeros = torch.zeros_like(rows.tokens)
     document = _documents(rows, packing)
     order = torch.arange(rows.tokens.shape[1]).expand_as(rows.tokens)
-    mask = visibility(zeros, order, document, rows.valid)
+    pattern = Pattern(zeros, order, document, rows.valid)
     wanted = rows.supervised & (rows.position > 0)
     place = wanted.flatten().nonzero()[:, 0]
     batch = TokenRows(
-        rows.tokens, _positions(rows, packing), mask[:, None], place - 1, rows.tokens[wanted]
+        rows.tokens, _positions(rows, packing), pattern, place - 1, rows.tokens[wanted]
     )
     return TrainingRows(batch, torch.ones(len(place)))
 
@@ -98,14 +98,14 @@ def block_diffusion_rows(rows: Rows, noise: Noise) -> TrainingRows:
     block = rows.segment if mutual else rows.block
     view = torch.cat([torch.ones_like(block), torch.zeros_like(block)], 1)
     document = _documents(rows, noise.packing)
-    mask = visibility(
+    pattern = Pattern(
         view, _twice(block), None if document is None else _twice(document), _twice(rows.valid)
     )
     select = _noisy_places(drawn.masked, rows, noise.logit_shift, 2 * length)
     batch = TokenRows(
         torch.cat([noisy, rows.tokens], 1),
         _twice(_positions(rows, noise.packing)),
-        mask[:, None],
+        pattern,
         select,
         rows.tokens[drawn.masked],
     )
@@ -124,12 +124,12 @@ def canvas_rows(rows: Rows, noise: Noise, causal: bool) -> TrainingRows:
     length = rows.tokens.shape[1]
     block = torch.arange(length).expand_as(rows.tokens) if causal else torch.zeros_like(rows.tokens)
     view = torch.zeros_like(block)
-    mask = visibility(view, block, _documents(rows, noise.packing), rows.valid)
+    pattern = Pattern(view, block, _documents(rows, noise.packing), rows.valid)
     place = drawn.masked.flatten().nonzero()[:, 0] - int(noise.logit_shift)
     batch = TokenRows(
         rows.tokens.masked_fill(drawn.masked, noise.mask_token_id),
         _positions(rows, noise.packing),
-        mask[:, None],
+        pattern,
         place,
         rows.tokens[drawn.masked],
     )

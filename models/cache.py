@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from common.errors import UserError
+from models.attention import head_size
 from models.denoiser import Denoiser
 
 MIB = 2**20
@@ -67,10 +68,7 @@ class SlotCache:
 def slot_bytes(denoiser: Denoiser, places: int) -> int:
     """Bytes of one slot with room for `places` tokens."""
     config: Any = denoiser.model.config
-    heads = config.num_attention_heads
-    # Not every class has head_dim, and where it is there it may be None.
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * size
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config)
     return numbers * (places + 1) * next(denoiser.parameters()).element_size()
 
 

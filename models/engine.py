@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from diffusion.layout import TokenRows
+from models.attention import AttentionChoice
 
 BUCKET_BYTES = 64 * 2**20
 META_FILE = "engine.json"
@@ -71,6 +72,7 @@ class EngineConfig:
 
     zero_stage: 0 replicates; 1 shards optimizer state, 2 gradients too, 3 parameters too.
     precision: `bf16` computes in bfloat16 and keeps float32 masters in the optimizer.
+    attention: the kernel of the learner's passes; `auto` chooses (`models.attention`).
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
@@ -79,6 +81,7 @@ class EngineConfig:
     zero_stage: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
+    attention: AttentionChoice = "auto"
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):

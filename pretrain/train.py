@@ -25,6 +25,7 @@ from common.exits import exit_codes
 from common.metrics import Metrics, Sink, open_metrics
 from common.progress import Progress, SilentProgress, open_progress
 from common.seeding import derive_seed
+from models.attention import check_attention, choose_attention
 from models.checkpoint import load_checkpoint, new_model, save_checkpoint
 from models.denoiser import Denoiser
 from models.engine import Engine, make_engine
@@ -56,6 +57,7 @@ class Pretraining:
         if config.threads:
             torch.set_num_threads(config.threads)
         _check_ranks(config, self._world)
+        _check_attention(config)
         seed, data_seed = config.run.seed, config.run.data_seed
         examples = {s.name: load_examples(s.data, s.count, data_seed) for s in config.stages}
         self._tokenizer, self._start = _tokenizer_and_start(config, examples)
@@ -109,9 +111,13 @@ class _StageJob:
     ) -> Engine:
         """Train, then write the checkpoint under a temporary name and rename it."""
         stage = self.stage
-        denoiser = Denoiser(self.model, self.spec)
+        settings = self.config.engine
+        backend = choose_attention(
+            settings.attention, self.spec.attention, settings.precision, self.model.config
+        )
+        denoiser = Denoiser(self.model, self.spec).use(backend)
         optim = stage.optim.for_steps(stage.steps)
-        engine = make_engine(denoiser, self.config.engine, optim, rank, world)
+        engine = make_engine(denoiser, settings, optim, rank, world)
         progress.stage(stage.name, stage.steps)
 
         def on_step(step: int, metrics: Mapping[str, float]) -> None:
@@ -144,6 +150,16 @@ def _check_ranks(config: PretrainConfig, world: int) -> None:
                 f"stages.{stage.name}: {micro_batches} micro-batches a step do not divide among "
                 f"{world} ranks; change rows_per_step or rows_per_micro_batch"
             )
+
+
+def _check_attention(config: PretrainConfig) -> None:
+    engine = config.engine
+    for stage in config.stages:
+        visible = stage.spec(mask_token_id=0).attention  # whatever the mask token will be
+        try:
+            check_attention(engine.attention, visible, engine.precision)
+        except UserError as error:
+            raise UserError(f"stages.{stage.name}: {error}") from error
 
 
 def _tokenizer_and_start(

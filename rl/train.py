@@ -25,6 +25,7 @@ from common.exits import exit_codes
 from common.metrics import Sink, open_metrics
 from common.progress import Progress, open_progress
 from common.records import Problem
+from models.attention import check_attention
 from models.checkpoint import check_checkpoint, load_spec
 from models.spec import DiffusionSpec
 from models.tokenizer import check_tokenizer, encode_prompt, load_tokenizer
@@ -153,6 +154,8 @@ def prepare(config: TrainConfig) -> Job:
         config.rollout.decoding.resolve(spec)
     except UserError as error:
         raise UserError(f"rollout.{error}") from error
+    engine, local = config.engine, config.cluster.kind == "local"
+    check_attention(engine.attention, spec.attention, engine.precision, here=local)
     verify_rewards(config.scoring)
     train = _problems(config, "train")
     evaluates = config.train.eval_every > 0 or config.train.eval_at_start

@@ -14,6 +14,7 @@ import torch
 
 from common.errors import UserError
 from common.records import Group
+from models.attention import choose_attention
 from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.engine import Engine, EngineConfig, OptimConfig, make_engine
 from rl.update import AlgorithmConfig, PolicyUpdater
@@ -82,12 +83,17 @@ class LearnerWorker:
         elif self._world_size > 1:
             raise UserError("learner.ranks: more than one rank needs cluster.kind=ray")
         self._checkpoint = load_checkpoint(plan.checkpoint_folder)
+        denoiser, engine = self._checkpoint.denoiser, plan.engine
+        backend = choose_attention(
+            engine.attention, denoiser.spec.attention, engine.precision, denoiser.model.config
+        )
         self._engine = make_engine(
-            self._checkpoint.denoiser, plan.engine, plan.optim, self._rank, self._world_size
+            denoiser.use(backend), engine, plan.optim, self._rank, self._world_size
         )
         reference = None
         if plan.algorithm.beta > 0:
-            reference = load_checkpoint(plan.checkpoint_folder, device=self._engine.device).denoiser
+            loaded = load_checkpoint(plan.checkpoint_folder, device=self._engine.device)
+            reference = loaded.denoiser.use(backend)
         self._updater = PolicyUpdater(
             self._engine, reference, self._checkpoint.spec, plan.algorithm, plan.run_seed
         )

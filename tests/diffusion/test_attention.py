@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.attention import block_index, visibility
+from diffusion.attention import Pattern, block_index
 from diffusion.layout import Sequence, build_rows
 
 
@@ -27,12 +27,9 @@ def pattern(
     def row(values: list[int] | None, default: int) -> Tensor:
         return torch.tensor([values if values is not None else [default] * len(block)])
 
-    return visibility(
-        row(view, 0),
-        torch.tensor([block]),
-        None if document is None else torch.tensor([document]),
-        row(valid, 1).bool(),
-    )[0]
+    documents = None if document is None else torch.tensor([document])
+    facts = Pattern(row(view, 0), torch.tensor([block]), documents, row(valid, 1).bool())
+    return facts.dense()[0]
 
 
 def test_causal_is_a_block_per_token() -> None:

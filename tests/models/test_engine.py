@@ -19,6 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from common.config import load_config
 from common.errors import UserError
+from diffusion.attention import Pattern
 from diffusion.layout import TokenRows
 from models.engine import (
     Engine,
@@ -75,10 +76,10 @@ def micro_batch(number: int, rows: int = 1) -> TokenRows:
     for row in range(number, number + rows):
         ids.append(torch.randint(VOCABULARY, (LENGTH,), generator=generator.manual_seed(row)))
     input_ids = torch.stack(ids)
-    mask = torch.ones(rows, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
     position = torch.arange(LENGTH).expand(rows, LENGTH)
+    causal = Pattern(torch.zeros_like(position), position, None, position >= 0)
     select = torch.arange(rows * LENGTH).view(rows, LENGTH)[:, :-1].flatten()
-    return TokenRows(input_ids, position, mask, select, input_ids[:, 1:].flatten())
+    return TokenRows(input_ids, position, causal, select, input_ids[:, 1:].flatten())
 
 
 def loss_of(engine: Engine, rows: TokenRows) -> Tensor:

@@ -303,6 +303,7 @@ def test_dry_run_prints_and_writes_nothing(tmp_path: Path, make_values: MakeValu
         ("stages", "write it as key=value"),
         ("architecture.hiden_size=8", "architecture.hiden_size: qwen2 has no such key"),
         ("architecture.model_type=qwon", "qwon"),
+        ("engine.attention=flash_attention_2", "stages.ar: engine.attention=flash_attention_2"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -303,6 +303,11 @@ def override(text: str) -> Callable[[Path], list[str]]:
             "rollout.decoding.block_size",
         ),
         (override("reward.functions=[{path: /nowhere.py:f, weight: 1.0}]"), "/nowhere.py"),
+        (override("engine.attention=flex_attention"), "engine.attention"),
+        (
+            override("engine={kind: torch, attention: flash_attention_2, precision: bf16}"),
+            "engine.attention=flash_attention_2 computes bidirectional attention only",
+        ),
         (override("run.resume=/nowhere"), "run.resume=/nowhere"),
         (override("cluster={kind: ray, address: '127.0.0.1:1'}"), "cluster.address=127.0.0.1:1"),
         (no_column, "bad.jsonl, line 1"),
