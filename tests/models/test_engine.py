@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import models.head
 from common.config import load_config
 from common.errors import UserError
 from diffusion.attention import Pattern
 from diffusion.layout import TokenRows
+from models.checkpoint import new_model
+from models.denoiser import Denoiser
 from models.engine import (
     Engine,
     EngineConfig,
@@ -30,12 +33,25 @@ from models.engine import (
     make_engine,
     split_buckets,
 )
+from models.spec import DiffusionSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY, LENGTH, MICRO_BATCHES = 64, 12, 8
 OPTIM = OptimConfig(lr=1e-2, total_steps=10, warmup_steps=2, grad_clip=0.5)
 # Absolute: 0.5 % of one step of the learning rate. ZeRO-3 sums a bias gradient in another order.
 CLOSE = {"rtol": 2e-4, "atol": 5e-5}
+
+ARCHITECTURE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "attention_dropout": 0.3,
+    # Adam divides noise by noise where a gradient is nearly zero; larger weights have few.
+    "initializer_range": 0.2,
+}
 
 
 class TinyDenoiser(nn.Module):
@@ -44,19 +60,7 @@ class TinyDenoiser(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        config = Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            attention_dropout=0.3,
-            tie_word_embeddings=True,
-            # Adam divides noise by noise where a gradient is nearly zero; larger weights have few.
-            initializer_range=0.2,
-        )
-        self.model = Qwen2ForCausalLM(config)
+        self.model = Qwen2ForCausalLM(Qwen2Config(**ARCHITECTURE, tie_word_embeddings=True))
 
     def forward(self, rows: TokenRows) -> Tensor:
         logits = self.model(
@@ -67,6 +71,14 @@ class TinyDenoiser(nn.Module):
         ).logits
         logps = logits.float().log_softmax(-1).flatten(0, 1)
         return logps[rows.select].gather(1, rows.targets[:, None])[:, 0]
+
+
+def real_denoiser(tied: bool) -> Denoiser:
+    """The same model behind the lean output layer, which walks 64 tokens in nine slices."""
+    models.head.LOGIT_BUDGET, models.head.MIN_SLICE = 1, 7
+    spec = DiffusionSpec(mask_token_id=0, logit_shift=False, attention="causal", block_size=1)
+    architecture = {"model_type": "qwen2", **ARCHITECTURE, "tie_word_embeddings": tied}
+    return Denoiser(new_model(architecture, 0), spec)
 
 
 def micro_batch(number: int, rows: int = 1) -> TokenRows:
@@ -345,6 +357,26 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`real_denoiser` changes these; put them back."""
+    monkeypatch.setattr(models.head, "LOGIT_BUDGET", models.head.LOGIT_BUDGET)
+    monkeypatch.setattr(models.head, "MIN_SLICE", models.head.MIN_SLICE)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_ranks_of_zero_3_gather_the_lean_head(
+    slices: None, tied: bool, two_ranks: Path
+) -> None:
+    """Its weight is in pieces on both ranks except while the head runs, forward and backward."""
+    first, second = (torch.load(two_ranks / f"head-{tied}-{rank}.pt") for rank in range(2))
+    assert second.pop("state") == {}
+    assert second == {key: first[key] for key in second}
+    alone = train(make_engine(real_denoiser(tied), EngineConfig(kind="torch"), OPTIM))
+    assert_same(first, alone, **CLOSE)
+    assert ("lm_head.weight" in first["state"]) is not tied
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_equal_one(plain: dict[str, Any], stage: int, two_ranks: Path) -> None:
     first, second = (torch.load(two_ranks / f"{stage}-{rank}.pt") for rank in range(2))
@@ -370,6 +402,11 @@ def main(rank: int, folder: Path) -> None:
         engine.load(folder / f"policy-{stage}")
         result["resumed"] = train(engine, steps=1)["loss"]
         torch.save(result, folder / f"{stage}-{rank}.pt")
+    for tied in (False, True):
+        config = EngineConfig(zero_stage=3)
+        engine = make_engine(real_denoiser(tied), config, OPTIM, rank=rank, world_size=2)
+        torch.save(train(engine), folder / f"head-{tied}-{rank}.pt")
+    engine.sum_over_ranks({"over": 1.0})  # nobody leaves while the other still gathers
     engine.close()
 
 
