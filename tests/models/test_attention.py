@@ -259,21 +259,28 @@ def test_the_tolerance_of_flash_tells_documents_apart(stand_in: None) -> None:
     assert (apart - together).abs().max() > 0.5
 
 
+def engine_gradients(attention: str, backend: str, precision: str) -> Tensor:
+    """All gradients of one micro-batch, flat, with gradient checkpointing."""
+    config = EngineConfig(kind="torch", precision=precision, gradient_checkpointing=True)  # type: ignore[arg-type]
+    optim = OptimConfig(lr=1e-2, schedule="constant", grad_clip=0.0, weight_decay=0.0)
+    denoiser = denoiser_of(attention).use(backend)  # type: ignore[arg-type]
+    engine = make_engine(denoiser, config, optim)
+    loss = engine.score(completions(denoiser.spec.block_size)).mean()
+    engine.backward(loss, last=True)
+    grads = [value.grad for value in denoiser.parameters() if value.grad is not None]
+    assert len(grads) == len(list(denoiser.parameters()))
+    return torch.cat([grad.flatten() for grad in grads])
+
+
+def similar(ours: Tensor, theirs: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(ours.float(), theirs.float(), dim=0))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_engine_trains_through_flash(stand_in: None, precision: str) -> None:
-    """Gradients, autocast and gradient checkpointing; float32 models are rounded in the kernel."""
-    states = []
-    for backend in ("sdpa", "flash_attention_2"):
-        config = EngineConfig(kind="torch", precision=precision, gradient_checkpointing=True)  # type: ignore[arg-type]
-        optim = OptimConfig(lr=1e-2, schedule="constant", grad_clip=0.0, weight_decay=0.0)
-        denoiser = denoiser_of("bidirectional").use(backend)  # type: ignore[arg-type]
-        engine = make_engine(denoiser, config, optim)
-        loss = engine.score(completions(None)).mean()
-        engine.backward(loss, last=True)
-        grads = [value.grad.flatten() for value in denoiser.parameters() if value.grad is not None]
-        states.append(torch.cat(grads))
-    same = torch.nn.functional.cosine_similarity(states[0], states[1], dim=0)
-    assert len(states[0]) == len(states[1]) and same > 0.99
+    """Autocast and gradient checkpointing; float32 models are rounded in the kernel."""
+    ours = engine_gradients("bidirectional", "flash_attention_2", precision)
+    assert similar(ours, engine_gradients("bidirectional", "sdpa", precision)) > 0.99
 
 
 def test_a_window_may_show_dense_masks_whatever_scores(stand_in: None) -> None:
@@ -400,7 +407,14 @@ def test_flex_equals_sdpa_on_a_gpu(kind: str, checkpointing: bool) -> None:
     ours = on_a_gpu("flex", kind, torch.float32, checkpointing)
     theirs = on_a_gpu("sdpa", kind, torch.float32)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-2, atol=1e-2)  # TF32 in the kernel
-    assert torch.nn.functional.cosine_similarity(ours[1], theirs[1], dim=0) > 0.999
+    assert similar(ours[1], theirs[1]) > 0.999
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_engine_trains_through_flex_on_a_gpu(precision: str) -> None:
+    ours = engine_gradients("block_causal", "flex", precision)
+    assert similar(ours, engine_gradients("block_causal", "sdpa", precision)) > 0.99
 
 
 @pytest.mark.gpu
@@ -410,4 +424,4 @@ def test_flash_equals_sdpa_on_a_gpu(kind: str) -> None:
     ours = on_a_gpu("flash_attention_2", kind, torch.bfloat16)
     theirs = on_a_gpu("sdpa", kind, torch.bfloat16)
     torch.testing.assert_close(ours[0], theirs[0], rtol=0.1, atol=0.2)
-    assert torch.nn.functional.cosine_similarity(ours[1], theirs[1], dim=0) > 0.99
+    assert similar(ours[1], theirs[1]) > 0.99
