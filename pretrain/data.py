@@ -64,6 +64,7 @@ def encode_examples(
     block_size: int,
     row_length: int,
     seed: int,
+    canvas: int | None = None,
 ) -> list[Document]:
     """Tokenize, and end every text with EOS tokens up to a block boundary.
 
@@ -71,17 +72,29 @@ def encode_examples(
     follows an end is an end (Stable-DiffCoder appends 1 to 4); the block is then filled with EOS,
     because decoding always works on whole blocks.
 
+    With a `canvas` a text with a prompt is filled with EOS up to that many tokens instead
+    (LLaDA's SFT): a bidirectional model sees how much room there is, and must not take it for the
+    length of the text.
+
     Raises:
-        UserError: an example longer than a row, by number.
+        UserError: an example longer than a row, or than the canvas, by number.
     """
     eos = int(tokenizer.eos_token_id)
     documents = []
     for number, example in enumerate(examples):
         prompt = encode_prompt(tokenizer, example.prompt) if example.prompt else ()
         text = tokenizer.encode(example.text, add_special_tokens=False)
-        draw = random.Random(derive_seed(seed, "eos", number))
-        ends = 1 + (draw.randint(0, MAX_EXTRA_EOS) if prompt else 0)
-        ends += -(len(text) + ends) % block_size
+        if prompt and canvas is not None:
+            ends = canvas - len(text)
+            if ends < 1:
+                raise UserError(
+                    f"example {number} has {len(text)} tokens and an end to learn, but canvas is "
+                    f"{canvas}; raise stages.canvas or drop the example"
+                )
+        else:
+            draw = random.Random(derive_seed(seed, "eos", number))
+            ends = 1 + (draw.randint(0, MAX_EXTRA_EOS) if prompt else 0)
+            ends += -(len(text) + ends) % block_size
         ids = (*prompt, *text, *[eos] * ends)
         if len(ids) > row_length:
             raise UserError(

@@ -52,6 +52,8 @@ class StageSection(Section):
         `prompt` and `completion`: then only completions are hidden and learned.
     count: examples taken from an embedded split. row_length: tokens of a packed row.
     rows_per_step: rows of the global batch. rows_per_micro_batch: rows in one forward pass.
+    canvas: of a `bidirectional` stage with prompts: completions are filled with EOS up to so many
+        tokens, the gen_length that the model will be decoded with.
     """
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
@@ -63,6 +65,7 @@ class StageSection(Section):
     rows_per_micro_batch: int = Field(ge=1)
     row_length: int = Field(ge=8)
     block_size: int = Field(default=4, ge=1)
+    canvas: int | None = Field(default=None, ge=1)
     logit_shift: bool = False
     packing: Packing = "per_document"
     warmup: WarmupSection = WarmupSection()
@@ -74,6 +77,10 @@ class StageSection(Section):
             raise ValueError("rows_per_step must be a multiple of rows_per_micro_batch")
         if self.row_length % self.block_size:
             raise ValueError("row_length must be a multiple of block_size")
+        if self.canvas is not None and self.objective != "bidirectional":
+            raise ValueError(
+                f"canvas is for objective bidirectional; {self.objective} sees nothing behind"
+            )
         return self
 
     def spec(self, mask_token_id: int) -> DiffusionSpec:

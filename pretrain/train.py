@@ -164,7 +164,9 @@ def _stream(
 ) -> RowStream:
     block_size = stage.block_size if stage.objective == "block" else 1
     try:
-        documents = encode_examples(examples, tokenizer, block_size, stage.row_length, seed)
+        documents = encode_examples(
+            examples, tokenizer, block_size, stage.row_length, seed, stage.canvas
+        )
     except UserError as error:
         raise UserError(f"stages.{stage.name} ({stage.data}): {error}") from error
     rows = (stage.row_length, block_size, stage.rows_per_step)

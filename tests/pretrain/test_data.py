@@ -72,6 +72,16 @@ def test_completions_fill_blocks_counted_from_the_prompts_end(
         assert ends(found.ids) in (3, 7)
 
 
+def test_a_canvas_is_filled_to_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of a completion alone: plain text has no canvas, and ends once."""
+    examples = [Example("abcde", "x"), Example("abcdefgh", "xyz"), Example("ab")]
+    found = encode_examples(examples, tokenizer, 1, 32, seed=0, canvas=9)
+    assert [len(d.ids) - d.prompt_length for d in found] == [9, 9, 3]
+    assert [ends(d.ids) for d in found] == [4, 1, 1]
+    with pytest.raises(UserError, match="example 1 has 8 tokens and an end .* canvas is 8"):
+        encode_examples(examples, tokenizer, 1, 32, seed=0, canvas=8)
+
+
 def test_eos_is_drawn_by_seed_and_number(tokenizer: PreTrainedTokenizerFast) -> None:
     examples = [Example("ab", prompt="x")] * 50
 

@@ -266,6 +266,9 @@ def test_other_objectives(tmp_path: Path, make_values: MakeValues, memory: Any) 
     specs = [load_checkpoint(folder).spec for folder in folders]
     assert [spec.attention for spec in specs] == ["causal", "causal", "bidirectional"]
     assert all(spec.logit_shift for spec in specs)
+    values["stages"][2]["canvas"] = 8
+    with pytest.raises(UserError, match=r"stages\.sft \(embedded:sft\): example 0 .* canvas is 8"):
+        Pretraining(config_of(values))
 
 
 # The command
