@@ -85,16 +85,6 @@ def load_checkpoint(
     return Checkpoint(Denoiser(model.to(device), spec), tokenizer, folder)
 
 
-def load_spec(folder: Path) -> DiffusionSpec:
-    """What `load_checkpoint` would say of a folder's logits, without its weights.
-
-    Raises:
-        UserError: no diffusion.json, and no public diffusion model either.
-    """
-    plan = public_plan(folder)
-    return DiffusionSpec.load(folder) if plan is None else plan.spec
-
-
 def import_checkpoint(source: Path, out: Path, options: ImportOptions) -> Plan:
     """Write a public folder as one of ours; says what was understood.
 

@@ -21,7 +21,7 @@ from common.records import Completion
 from diffusion.likelihood import EstimatorConfig
 from diffusion.sampling import draw, target_distribution
 from diffusion.unmasking import choose, mixed_confidence, ranking
-from models.cache import SlotCache, affordable_slots
+from models.cache import SlotCache, affordable_slots, needs_cache
 from models.denoiser import Denoiser
 from models.request import DecodingConfig, Request
 from models.scoring import with_behaviour_logps
@@ -150,13 +150,13 @@ class _Run:
             noise = max(own.gen_length for own in self.own.values()), max(self.steps.values())
         first = self.own[numbers[0]]
         slots = min(config.max_rows, len(numbers))
-        cached = spec.attention != "bidirectional" or first.cache != "exact"
-        if cached:
-            slots = affordable_slots(self.denoiser, places, slots, config.cache_mib)
+        model_config: Any = self.denoiser.model.config
+        if needs_cache(spec, first):
+            itemsize = next(self.denoiser.parameters()).element_size()
+            slots = affordable_slots(model_config, places, slots, config.cache_mib, itemsize)
         self.slots = Slots.make(
             slots, places, noise, first.resolve(spec)[0], spec.mask_token_id, device
         )
-        model_config: Any = self.denoiser.model.config
         self.vocabulary = int(model_config.vocab_size)
         self.window = self._window(first, SlotCache(slots, places))
 

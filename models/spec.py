@@ -62,6 +62,7 @@ class DiffusionSpec:
                 f"elsewhere in with `unmask import {folder} OUT`"
             ) from None
         except (json.JSONDecodeError, TypeError) as error:
-            raise UserError(f"{path}: {error}") from error
+            reason = str(error).removeprefix("DiffusionSpec.__init__() ")
+            raise UserError(f"{path}: {reason}") from error
         except UserError as error:
             raise UserError(f"{folder}/{error}") from error

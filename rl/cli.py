@@ -128,6 +128,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
     samples: Annotated[int, typer.Option(min=1, help="how many completions")] = 1,
     seed: Annotated[int, typer.Option(help="of the completions")] = 0,
+    cache_mib: Annotated[int, typer.Option(min=1, help="most memory for keys and values")] = 8192,
     show_steps: Annotated[
         bool, typer.Option("--show-steps", help="watch the unmasking pass by pass, on a terminal")
     ] = False,
@@ -138,7 +139,7 @@ def generate(
     with exit_codes():
         if (prompt is None) == (problem is None):
             raise UserError("generate: give either a prompt or --problem N")
-        options = GenerateOptions(gen_length, temperature, samples, seed, show_steps)
+        options = GenerateOptions(gen_length, temperature, samples, seed, cache_mib, show_steps)
         generate_text(model, prompt, problem, options)
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -14,6 +14,7 @@ from common.records import Problem
 from common.seeding import derive_seed
 from models.checkpoint import import_checkpoint, load_checkpoint, load_tokenizer
 from models.decoding import Decoder
+from models.outline import load_outline
 from models.public import ImportOptions
 from models.request import DecodingConfig, Request
 from models.tokenizer import encode_prompt
@@ -35,6 +36,7 @@ class GenerateOptions:
     temperature: float
     samples: int
     seed: int
+    cache_mib: int
     show_steps: bool
 
 
@@ -55,8 +57,7 @@ def evaluate_model(
         problems = load_problems(data.test, seed=data.seed, count=data.test_count)
     else:
         problems = load_problems(data.test, limit=data.test_count)
-    # The checkpoint's own block size: the config may be for another stage.
-    decoding = replace(settings.rollout.decoding, block_size=None, steps_per_block=None)
+    decoding = settings.rollout.decoding
     began = time.monotonic()
     with open_progress() as progress:
         progress.stage("evaluate", len(problems) * (1 + samples))
@@ -100,11 +101,18 @@ def generate_text(
 ) -> None:
     """Print completions of a prompt as their blocks finish."""
     task = _task(prompt, problem)
-    loaded = load_checkpoint(model)
-    prompt_ids = encode_prompt(loaded.tokenizer, task.prompt)
-    block = loaded.denoiser.spec.block_size or 1
+    outline = load_outline(model)
+    prompt_ids = encode_prompt(outline.tokenizer, task.prompt)
+    block = outline.spec.block_size or 1
     length = -(-options.gen_length // block) * block
-    config = DecodingConfig(gen_length=length, temperature=options.temperature)
+    if length != options.gen_length:
+        said = f"--gen-length {options.gen_length} rounded up to {length}: blocks of {block}"
+        Console(stderr=True).print(said, highlight=False)
+    config = DecodingConfig(
+        gen_length=length, temperature=options.temperature, cache_mib=options.cache_mib
+    )
+    outline.check_decoding(config, [prompt_ids])
+    loaded = load_checkpoint(model)
     requests = [
         Request(prompt_ids, derive_seed(options.seed, task.problem_id, index))
         for index in range(options.samples)

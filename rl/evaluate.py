@@ -14,6 +14,7 @@ from common.records import Group, Problem, Rollout
 from common.seeding import derive_seed
 from models.checkpoint import load_checkpoint
 from models.decoding import Decoder, DecodingConfig, Request
+from models.outline import Outline, load_outline
 from models.tokenizer import encode_prompt
 from rewards.compose import RewardConfig, Rewarder
 from rl.batch import rollout_metrics
@@ -42,6 +43,19 @@ def greedy(decoding: DecodingConfig) -> DecodingConfig:
     return replace(decoding, temperature=0.0, top_p=1.0, top_k=0)
 
 
+def check_decoding(
+    outline: Outline,
+    decoding: DecodingConfig,
+    prompts: Sequence[tuple[int, ...]],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """UserError that names a key of `rollout.decoding` if `prompts` cannot be decoded so."""
+    try:
+        outline.check_decoding(decoding, prompts, dtype)
+    except UserError as error:
+        raise UserError(f"rollout.{error}") from error
+
+
 def evaluate_checkpoint(
     folder: Path,
     problems: Sequence[Problem],
@@ -65,14 +79,17 @@ def evaluate_checkpoint(
         on_progress: told (completions done, completions in all).
 
     Raises:
-        UserError: a bad checkpoint, an over-long prompt, or k > samples.
+        UserError: a bad checkpoint, an over-long prompt, decoding that does not fit the two, or
+            k > samples.
     """
     if any(k > samples for k in ks):
         raise UserError(f"pass@{max(ks)} needs at least {max(ks)} samples, got samples={samples}")
-    loaded = load_checkpoint(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    prompts = [encode_prompt(loaded.tokenizer, problem.prompt) for problem in problems]
+    outline = load_outline(folder)
+    prompts = [encode_prompt(outline.tokenizer, problem.prompt) for problem in problems]
     if prompt_limit is not None:
         check_prompt_lengths(problems, [len(ids) for ids in prompts], prompt_limit)
+    check_decoding(outline, decoding, prompts)
+    loaded = load_checkpoint(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     decoder = Decoder(loaded.denoiser, loaded.tokenizer)
     done, total = 0, len(problems) * (1 + samples)
 

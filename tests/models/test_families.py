@@ -23,9 +23,11 @@ from typer.testing import CliRunner
 
 from common.errors import UserError
 from models import checkpoint, public
-from models.checkpoint import import_checkpoint, load_checkpoint, load_spec
+from models.cache import slot_bytes
+from models.checkpoint import import_checkpoint, load_checkpoint
 from models.decoding import Decoder, DecodingConfig, Request
 from models.families import find_family, stock_config
+from models.outline import load_outline
 from models.public import ImportOptions, load_public, plan_import
 from models.spec import DiffusionSpec
 from models.tokenizer import train_tokenizer
@@ -310,7 +312,10 @@ def test_loaded_on_the_fly_as_imported(
     source = write_public(kind)
     import_checkpoint(source, tmp_path / "out", ImportOptions())
     direct, imported = load_checkpoint(source), load_checkpoint(tmp_path / "out")
-    assert direct.spec == imported.spec == load_spec(source)
+    outline = load_outline(source)
+    assert direct.spec == imported.spec == outline.spec
+    real = direct.denoiser.model.config
+    assert slot_bytes(outline.config, 9, 4) == slot_bytes(real, 9, 4)
     pairs = zip(
         direct.denoiser.model.state_dict().items(),
         imported.denoiser.model.state_dict().items(),
@@ -465,7 +470,7 @@ def test_sdar_as_published(write_public: WritePublic, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no block_size in it; give `unmask import --block-size N`"):
         load_checkpoint(source)
     import_checkpoint(source, tmp_path / "out", ImportOptions(block_size=16))
-    assert load_spec(tmp_path / "out") == DiffusionSpec(
+    assert load_outline(tmp_path / "out").spec == DiffusionSpec(
         mask_token_id=6, logit_shift=False, attention="block_causal", block_size=16
     )
 
@@ -475,7 +480,7 @@ def test_family_by_name_where_config_does_not_tell(
 ) -> None:
     source = write_public("llama")
     import_checkpoint(source, tmp_path / "out", ImportOptions(family="stable-diffcoder"))
-    assert load_spec(tmp_path / "out").block_size == 4
+    assert load_outline(tmp_path / "out").spec.block_size == 4
 
 
 def test_one_tensor_at_a_time(write_public: WritePublic, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -692,7 +697,7 @@ def test_command_says_what_it_understood(write_public: WritePublic, tmp_path: Pa
     assert "<|mask|> (2), the checkpoint's own" in found.stdout
     again = CliRunner().invoke(app, ["import", str(source), str(out)])
     assert again.exit_code == 2 and "exists already" in again.stderr
-    assert load_spec(out).block_size == 4  # what was there still is
+    assert load_outline(out).spec.block_size == 4  # what was there still is
 
 
 def test_an_interrupted_import_leaves_nothing(
