@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.records import Completion
 from diffusion.attention import block_index, visibility
 
 
@@ -28,6 +29,21 @@ class Sequence:
     supervised: int
     step_map: tuple[int, ...] | None = None
     undecided: int = 0
+
+
+def decoded_sequence(prompt_ids: tuple[int, ...], completion: Completion) -> Sequence:
+    """Prompt, the whole decoded completion, and supervision through its end (first EOS) only.
+
+    What stands behind the EOS was decoded in the same block and is context; supervising it would
+    let pads dominate the loss (defect 9 of ALGORITHMS section 4).
+    """
+    return Sequence(
+        prompt_ids=prompt_ids,
+        completion_ids=completion.token_ids + completion.tail_ids,
+        supervised=len(completion.token_ids),
+        step_map=completion.step_map or None,
+        undecided=completion.undecided,
+    )
 
 
 @dataclass(frozen=True)

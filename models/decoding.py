@@ -91,6 +91,8 @@ class Decoder:
             raise UserError("empty prompt: a completion needs at least one prompt token")
         if estimator is None and any(request.mask_seeds for request in requests):
             raise ValueError("requests with mask_seeds need an estimator")
+        if any(r.mask_seeds and (r.decoding or config).early_exit for r in requests):
+            raise ValueError("early_exit keeps no tail, the context that mask_seeds are scored in")
         config.resolve(self.denoiser.spec)
         parts: dict[tuple[int, str], list[int]] = {}
         for number, request in enumerate(requests):
@@ -285,6 +287,7 @@ class _Run:
         stop = length if slots.mask_token_id in ids else len(ids)
         # Numbered without gaps, also where a pass decided such places only.
         steps = slots.step_map[slot, part][:stop].unique(return_inverse=True)[1]
+        sees_behind = self.denoiser.spec.attention == "bidirectional"
         text_ids = ids[: length - 1] if ended else ids
         return Completion(
             token_ids=tuple(ids[:length]),
@@ -293,4 +296,5 @@ class _Run:
             finish_reason="eos" if ended else "length",
             step_map=tuple(steps.tolist()),
             confidences=tuple(slots.sure[slot, part][:stop].tolist()),
+            undecided=int(slots.end[slot]) - part.start - stop if sees_behind else 0,
         )

@@ -26,7 +26,8 @@ class DecodingConfig:
         are Fast-dLLM's approximations (arXiv 2505.22618, section 3.2): a full pass at the start of
         a block, then passes over the block and all behind it (prefix) or the block alone (dual).
     early_exit: for bidirectional models: a row is done when everything up to its first EOS is
-        decided. The text is exactly the same; what would have followed the EOS is not recorded.
+        decided. The text is exactly the same; what would have followed the EOS is not recorded,
+        though it is context of the likelihood: not for training.
 
     The rest belongs to a call, not to a request:
     max_rows: most requests decoded side by side.

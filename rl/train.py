@@ -148,6 +148,11 @@ def prepare(config: TrainConfig) -> Job:
     """
     outline = load_outline(Path(config.model.path))
     check_decoding(outline, config.rollout.decoding, ())
+    if config.rollout.decoding.early_exit:
+        raise UserError(
+            "rollout.decoding.early_exit true keeps nothing of what was decided behind the EOS, "
+            "which is context of the likelihood; set it to false (unmask evaluate may use it)"
+        )
     verify_rewards(config.scoring)
     train = _problems(config, "train")
     evaluates = config.train.eval_every > 0 or config.train.eval_at_start

@@ -171,3 +171,14 @@ def test_generate_says_that_it_rounds_up(good: Path) -> None:
     found = CliRunner().invoke(app, ["generate", str(good), "add one", "--gen-length", "62"])
     assert found.stderr == "--gen-length 62 rounded up to 64: blocks of 4\n"
     assert str(found.exception) == "work was started"  # with 64
+
+
+def test_training_needs_what_stands_behind_the_end(good: Path, tmp_path: Path) -> None:
+    canvas = Path(shutil.copytree(good, tmp_path / "canvas"))
+    DiffusionSpec(
+        mask_token_id=2, logit_shift=False, attention="bidirectional", block_size=None
+    ).save(canvas)
+    said = "rollout.decoding.early_exit true keeps nothing"
+    assert_refused(run("train", canvas, tmp_path, "early_exit=true"), tmp_path, said)
+    with pytest.raises(AssertionError, match="work was started"):  # nothing is trained on here
+        run("evaluate", canvas, tmp_path, "early_exit=true")
