@@ -78,15 +78,15 @@ class Worker:
 
     def parses(self, texts: Sequence[str]) -> list[bool]:
         """Whether each text is Python. Raises SandboxError if the sandbox itself failed, twice."""
-        for _ in range(_TRIES):
-            try:
-                return parse_texts(lambda: self._zygote("candidate"), texts)
-            except (ZygoteError, OSError) as error:
-                message = str(error)
-                self.close()
-            finally:
-                self._replace_worn(timed_out=False)  # `parse_texts` ends what hangs
-        raise SandboxError(f"cannot parse in the sandbox: {message}")
+        try:
+            answers = self._with_retry(
+                lambda given: parse_texts(lambda: self._zygote("candidate"), given), texts
+            )
+        finally:
+            self._replace_worn(timed_out=False)  # `parse_texts` ends what hangs
+        if isinstance(answers, TestResult):
+            raise SandboxError(f"cannot parse in the sandbox: {answers.message}")
+        return answers
 
     def _run_tests(self, case: Case) -> Iterator[TestResult]:
         if case.stdin_tests:
