@@ -14,12 +14,14 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from sandbox.endings import how_it_ended
+from sandbox.inside.judge import CONTROLS
+from sandbox.inside.mutate import Plan
 from sandbox.parsing import parse_texts
 from sandbox.payload import payload
 from sandbox.process import Ended, Launcher, LocalLauncher, ZygoteError, ZygoteProcess
 from sandbox.programs import MissingToolchain, Program
 from sandbox.records import Case, Result, SandboxError, TestResult, Verdict
-from sandbox.weak import Plan, judge_weakly
+from sandbox.weak import judge_weakly
 
 _PIPE_BYTES = 1 << 20
 _REPORT_BYTES = 1 << 16
@@ -191,7 +193,7 @@ class Judge:
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
-                self._send(f"controls {index}", theirs.fileno())
+                self._send(f"{CONTROLS}{index}", theirs.fileno())
             parts = [b"-"]
             while parts[-1]:
                 if not select.select([ours], [], [], max(deadline - time.monotonic(), 0.0))[0]:
