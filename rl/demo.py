@@ -30,7 +30,7 @@ from common.progress import Progress, open_progress
 from common.records import Problem
 from models.checkpoint import load_tokenizer
 from pretrain.config import PretrainConfig
-from pretrain.train import STAGE_FILE, Pretraining, stage_folder
+from pretrain.train import Pretraining, stage_folder, stage_record
 from rewards.compose import RewardConfig
 from rl.config import TrainConfig, load_train_config
 from rl.data import EMBEDDED, load_problems
@@ -247,7 +247,7 @@ class Demo:
         return _digest(kept, self.seed, _mark(self.last_stage))
 
     def _stage_seconds(self, stage: str) -> float:
-        return float(_read_json(stage_folder(self.folder, stage) / STAGE_FILE)["seconds"])
+        return stage_record(stage_folder(self.folder, stage))["seconds"]
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -290,7 +290,7 @@ def _problems(evaluate: EvaluateConfig, training: TrainConfig) -> list[Problem]:
 
 
 def _mark(checkpoint: Path) -> str:
-    return str(_read_json(checkpoint / STAGE_FILE).get("fingerprint", ""))
+    return str(stage_record(checkpoint).get("fingerprint", ""))
 
 
 def _digest(*values: Any) -> str:
