@@ -23,6 +23,7 @@ from common.seeding import derive_seed
 from rewards.languages import language_named
 from rl.problems.splits import SPLITS, SplitName, build_problems
 from sandbox.languages import LANGUAGES
+from sandbox.records import is_tolerance
 
 EMBEDDED = "embedded:"
 EMBEDDED_COUNTS: dict[SplitName, int] = {"pretrain": 4000, "sft": 2000, "rl": 768, "test": 320}
@@ -216,7 +217,7 @@ def _tolerance(where: str, row: Mapping[str, Any], asserts: Sequence[str]) -> fl
     value = row.get("float_tolerance")
     if value is None:
         return None
-    if type(value) not in (int, float) or not 0 < value < 1:
+    if not is_tolerance(value):
         raise UserError(
             f"{where}: column 'float_tolerance' must be a number above 0 and below 1, it is "
             f"{_kind(value)}"

@@ -74,6 +74,11 @@ class StdinTest:
     stdout: str
 
 
+def is_tolerance(value: Any) -> bool:
+    """Whether `Case.float_tolerance` may be `value`: a number above 0 and below 1."""
+    return type(value) in (int, float) and 0 < value < 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One program and the tests to judge it by: `tests` (asserts) or `stdin_tests`.
@@ -110,7 +115,7 @@ class Case:
 
     def _tolerance_problem(self) -> str | None:
         value = self.float_tolerance
-        if type(value) not in (int, float) or not 0 < float(value or 0) < 1:
+        if not is_tolerance(value):
             return f"float_tolerance: {value!r} must be a number above 0 and below 1"
         return None if self.stdin_tests else "float_tolerance: is for stdin_tests only"
 
