@@ -130,16 +130,6 @@ class _Monitor:
             self._progress.say(f"step {step}: no group had any spread, so nothing was learned")
 
 
-def run_training(config: TrainConfig, sink: Sink, progress: Progress) -> RunState:
-    """Check everything, then train. For callers that bring their own sinks (`rl.demo`).
-
-    Raises:
-        UserError: bad input; nothing was started or written.
-        InfrastructureError: a worker failed or did not answer in time.
-    """
-    return prepare(config).run(sink, progress)
-
-
 def prepare(config: TrainConfig) -> Job:
     """Look at everything the run needs; start and write nothing.
 
