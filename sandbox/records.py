@@ -171,11 +171,6 @@ class Result:
         """passed / total; 0.0 for a case that was not run (look at `status` first)."""
         return self.passed / self.total if self.tests else 0.0
 
-    @property
-    def weak_share(self) -> float:
-        """Share of the tests that were judged in one process with the program; 0.0 without any."""
-        return sum(test.weak for test in self.tests) / self.total if self.tests else 0.0
-
     def to_json(self) -> dict[str, Any]:
         """The record of the contract; `message` only when there is one."""
         record: dict[str, Any] = {
