@@ -84,6 +84,19 @@ def load_problems(
     return problems
 
 
+def take_problems(source: str, count: int | None, seed: int) -> list[Problem]:
+    """`count` problems of `source`: drawn by `seed` if it is embedded, else the first.
+
+    count None: as many as the source gives.
+
+    Raises:
+        UserError: see `load_problems`.
+    """
+    if source.startswith(EMBEDDED):
+        return load_problems(source, seed=seed, count=count)
+    return load_problems(source, limit=count)
+
+
 def _embedded(source: str, seed: int, count: int | None, limit: int | None) -> list[Problem]:
     name = source.removeprefix(EMBEDDED)
     for split in SPLITS:

@@ -32,8 +32,8 @@ from models.checkpoint import load_tokenizer
 from pretrain.config import PretrainConfig
 from pretrain.train import Pretraining, stage_folder, stage_record
 from rewards.compose import RewardConfig
-from rl.config import TrainConfig, load_train_config
-from rl.data import EMBEDDED, load_problems
+from rl.config import load_train_config
+from rl.data import take_problems
 from rl.evaluate import evaluate_checkpoint
 from rl.problems.compose import document_head
 from rl.report import PIPELINE_FILE, stage_table, write_report
@@ -97,7 +97,9 @@ class Demo:
         own = [*common, "run.resume=auto", f"model.path={self.last_stage}"]
         rl_file = Path(config.rl.config)
         self.training = load_train_config(rl_file, [*config.rl.overrides, *own])
-        self.problems = _problems(config.evaluate, self.training)
+        self.problems = take_problems(
+            config.evaluate.source, config.evaluate.count, self.training.data.seed
+        )
         self.notes: dict[str, Any] = {}
         self._worked = 0.0  # seconds of this process in phases that were not reused
 
@@ -280,13 +282,6 @@ class Demo:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(self.notes, indent=2) + "\n")
         os.replace(partial, path)
-
-
-def _problems(evaluate: EvaluateConfig, training: TrainConfig) -> list[Problem]:
-    if evaluate.source.startswith(EMBEDDED):
-        seed = training.data.seed
-        return load_problems(evaluate.source, seed=seed, count=evaluate.count)
-    return load_problems(evaluate.source, limit=evaluate.count)
 
 
 def _mark(checkpoint: Path) -> str:
