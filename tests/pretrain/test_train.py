@@ -318,12 +318,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['{"stage": "block"', "[]", '{"seconds": 1.0}', '{"fingerprint": "a", "seconds": "long"}'],
+)
 def test_a_damaged_stage_record_names_the_file(
-    run: Path, tmp_path: Path, make_values: MakeValues
+    run: Path, tmp_path: Path, make_values: MakeValues, text: str
 ) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    (copy / "stages" / "block" / "stage.json").write_text('{"stage": "block"')
+    (copy / "stages" / "block" / "stage.json").write_text(text)
     result = command(tmp_path, make_values(copy))
     assert result.exit_code == 2
     assert "stage.json: damaged" in result.stderr and "remove" in result.stderr
