@@ -1,4 +1,4 @@
-"""What `unmask evaluate`, `generate`, `import` and `problems export` do; options: `rl.cli`."""
+"""What `unmask evaluate`, `analyze`, `generate`, `import`, `problems export` do; see `rl.cli`."""
 
 import time
 from collections.abc import Sequence
@@ -17,12 +17,21 @@ from models.decoding import Decoder
 from models.public import ImportOptions
 from models.request import DecodingConfig, Request
 from models.tokenizer import encode_prompt
+from rl.analysis_page import (
+    HTML_FILE,
+    JSON_FILE,
+    effect_lines,
+    speed_table,
+    temperature_table,
+    write_analysis,
+)
+from rl.analyze import AnalysisPlan, analyze_checkpoint, check_analyzable
 from rl.config import load_train_config
 from rl.data import EMBEDDED, load_problems
 from rl.evaluate import evaluate_checkpoint
+from rl.page import percent
 from rl.problems.export import export_split
 from rl.problems.splits import SplitName
-from rl.report import percent
 from rl.results import prompt_text, summarise, write_result
 from rl.screen import Screen
 
@@ -36,6 +45,19 @@ class GenerateOptions:
     samples: int
     seed: int
     show_steps: bool
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions:
+    """What `unmask analyze` measures and where it writes; `temperatures` as they were typed."""
+
+    data: str | None
+    problems: int
+    temperatures: str
+    ks: Sequence[int]
+    samples: int
+    seed: int
+    out: Path
 
 
 def evaluate_model(
@@ -93,6 +115,60 @@ def evaluate_model(
         print(f"{result.dropped} completions could not be judged and are left out")
     if run is not None:
         print(f"kept in {write_result(run, result)}; `unmask report {run}` shows it")
+
+
+def analyze_model(
+    model: Path, config: Path, overrides: Sequence[str], options: AnalyzeOptions
+) -> None:
+    """Analyze a checkpoint, print its tables and write `analysis.json` and `.html` into `out`."""
+    settings = load_train_config(config, [*overrides, f"model.path={model}"])
+    plan = AnalysisPlan(
+        temperatures=_temperatures(options.temperatures),
+        samples=options.samples,
+        ks=tuple(sorted(set(options.ks))) or tuple(range(1, min(options.samples, 10) + 1)),
+        seed=options.seed,
+        decoding=settings.rollout.decoding,
+    )
+    check_analyzable(model, plan)
+    out = options.out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    source = options.data or settings.data.test
+    if source.startswith(EMBEDDED):
+        problems = load_problems(source, seed=settings.data.seed, count=options.problems)
+    else:
+        problems = load_problems(source, limit=options.problems)
+    with open_progress() as progress:
+        found = analyze_checkpoint(
+            model,
+            problems,
+            plan,
+            settings.scoring,
+            progress,
+            data=source,
+            prompt_limit=settings.data.prompt_limit,
+        )
+    write_analysis(out, found)
+    console = Console()
+    console.print(temperature_table(found))
+    console.print(speed_table(found))
+    for line in effect_lines(found):
+        console.print(line, highlight=False)
+    if found.dropped:
+        console.print(f"{found.dropped} completions could not be judged and are left out")
+    console.print(
+        f"analysis: {out / HTML_FILE}, {out / JSON_FILE}", highlight=False, soft_wrap=True
+    )
+
+
+def _temperatures(text: str) -> tuple[float, ...]:
+    """Numbers between commas, smallest first, each once."""
+    try:
+        return tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
+    except ValueError:
+        raise UserError(
+            f"--temperatures {text!r}: must be numbers between commas, for example 0.2,0.6,1.2"
+        ) from None
 
 
 def generate_text(

@@ -15,8 +15,9 @@ from common.errors import UserError
 from common.records import Completion, Group, Message, Problem, Rollout, Score
 from rl.estimates import Estimate
 from rl.figures import figures
+from rl.page import clock, percent
 from rl.plots import COLOURS, Line, curves, running_mean, stacked
-from rl.report import clock, percent, stage_table, write_report
+from rl.report import stage_table, write_report
 from rl.results import (
     Sample,
     StageResult,
