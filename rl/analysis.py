@@ -85,7 +85,10 @@ class Effect:
 
 @dataclass(frozen=True, kw_only=True)
 class AtSpeed:
-    """Greedy decoding with `nominal` tokens a pass; `minus_1x` is against one a pass, in pairs."""
+    """Greedy decoding with `nominal` tokens a pass; `minus_1x` is against one a pass, in pairs.
+
+    certain: as `AtTemperature`; greedy decoding ranks by the plain model's certainty.
+    """
 
     nominal: int
     steps_per_block: int
@@ -94,6 +97,7 @@ class AtSpeed:
     minus_1x: Estimate
     ar_local: dict[str, Estimate]
     ar_global: dict[str, Estimate]
+    certain: Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +176,12 @@ def at_temperature(
 
 
 def at_speed(
-    nominal: int, steps: int, groups: Sequence[Group], at_one: Sequence[Group], seed: int
+    nominal: int,
+    steps: int,
+    groups: Sequence[Group],
+    at_one: Sequence[Group],
+    remasking: Remasking,
+    seed: int,
 ) -> AtSpeed:
     """The numbers of greedy groups; `at_one` are those of one token a pass."""
     maps = [r.completion.step_map for group in groups for r in group.rollouts]
@@ -186,6 +195,7 @@ def at_speed(
         minus_1x=difference(before, after, seed) if judged else bootstrap([]),
         ar_local=ar_ness(groups, "local", seed),
         ar_global=ar_ness(groups, "global", seed),
+        certain=_estimate(_mean_of(groups, lambda c: certain_share(c, remasking)), seed),
     )
 
 
@@ -265,6 +275,16 @@ def effects(found: Sequence[Change], k: int) -> list[Effect]:
     ]
 
 
+def ties_rule(analysis: Analysis) -> bool:
+    """Whether the AR-ness of the lowest temperature may be that of ties, which go to the left."""
+    coldest = min(analysis.temperatures, key=lambda row: row.temperature)
+    return _tied(coldest, analysis.decoding["order_temperature"])
+
+
+def _tied(row: AtTemperature, order_temperature: float) -> bool:
+    return row.certain.value > TIED and not order_temperature
+
+
 def cautions(
     rows: Sequence[AtTemperature],
     chance: Mapping[str, Mapping[str, float]],
@@ -274,7 +294,7 @@ def cautions(
     """What keeps the numbers from meaning what they seem to."""
     found = []
     coldest = min(rows, key=lambda row: row.temperature)
-    if coldest.certain.value > TIED and not decoding.order_temperature:
+    if _tied(coldest, decoding.order_temperature):
         found.append(
             f"At temperature {coldest.temperature:g} {coldest.certain.value:.0%} of the tokens "
             "were fixed as sure as an order can be, and of several such places the leftmost goes "

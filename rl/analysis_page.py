@@ -8,16 +8,16 @@ from pathlib import Path
 from rich.table import Table
 
 from rl import page
-from rl.analysis import Analysis, AtTemperature, SinkPoint
+from rl.analysis import Analysis, AtTemperature, Effect, SinkPoint, ties_rule
 from rl.batch import AR_NESS_K
 from rl.estimates import Estimate, bootstrap
 from rl.page import FigureBlock
 from rl.plots import COLOURS, HEAT, Line, curves
 
 JSON_FILE, HTML_FILE = "analysis.json", "analysis.html"
-FOUND_WORDS = {"yes": "found", "no": "the reverse", "unclear": "not told from nothing"}
 # A mean over fewer problems than this share of the best-known distance is not drawn.
 THIN = 0.1
+QUALITY, ORDER = "Passing, diversity, speed", "Order of unmasking"
 WHICH_PASS = ("first", "second", "third", "fourth")
 
 
@@ -43,7 +43,7 @@ def render(analysis: Analysis) -> str:
         name=analysis.checkpoint,
         analysis=analysis,
         facts=facts,
-        found_words=FOUND_WORDS,
+        effects=[(effect, found_words(analysis, effect)) for effect in analysis.effects],
         sections=page.sections(figures(analysis)),
         top=_top(analysis),
         decoding=json.dumps(analysis.decoding, indent=2),
@@ -92,12 +92,19 @@ def speed_table(analysis: Analysis) -> Table:
 def effect_lines(analysis: Analysis) -> list[str]:
     """The published effects and the cautions, a sentence each."""
     lines = [
-        f"{effect.claim}: {FOUND_WORDS[effect.found]} ({effect.quantity} "
+        f"{effect.claim}: {found_words(analysis, effect)} ({effect.quantity} "
         f"{points(effect.difference)} from {effect.from_temperature:g} to "
         f"{effect.to_temperature:g})"
         for effect in analysis.effects
     ]
     return lines + analysis.cautions
+
+
+def found_words(analysis: Analysis, effect: Effect) -> str:
+    """What became of a published effect, in a few words."""
+    if effect.found == "yes" and effect.quantity.startswith("ar_") and ties_rule(analysis):
+        return "found, maybe by ties"
+    return {"yes": "found", "no": "the reverse", "unclear": "not told from nothing"}[effect.found]
 
 
 def points(estimate: Estimate) -> str:
@@ -110,9 +117,10 @@ def figures(analysis: Analysis) -> list[FigureBlock]:
     """Every figure in the order of the page."""
     return [
         *_passing(analysis),
+        _speed(analysis),
         *_order(analysis),
         _certain(analysis),
-        _speed(analysis),
+        _greedy_order(analysis),
         *_sink(analysis),
     ]
 
@@ -121,7 +129,7 @@ def _passing(analysis: Analysis) -> list[FigureBlock]:
     rows = analysis.temperatures
     by_k = [
         Line(
-            f"{row.temperature:g}",
+            f"T = {row.temperature:g}",
             {int(k): rate.value for k, rate in row.pass_at_k.items()},
             dots=True,
             colour=HEAT[round((len(HEAT) - 1) * number / max(len(rows) - 1, 1))],
@@ -130,27 +138,26 @@ def _passing(analysis: Analysis) -> list[FigureBlock]:
     ]
     ks = list(rows[0].pass_at_k)
     by_heat = [
-        _line(f"k = {k}", rows, lambda row, k=k: row.pass_at_k[k])  # type: ignore[misc]
+        _line(f"k = {k}", rows, _field("pass_at_k", k))
         for k in dict.fromkeys((ks[0], ks[len(ks) // 2], ks[-1]))
     ]
-    distinct = [_line("distinct", rows, lambda row: row.distinct)]
-    name = "Passing and diversity"
+    distinct = [_line("distinct", rows, _field("distinct"))]
     return [
         FigureBlock(
-            name,
+            QUALITY,
             "pass@k by temperature of the samples",
             "Share of problems that at least one of k samples solves (unbiased estimate). A colder "
             "model starts higher; a hotter one has more to gain from another try.",
             curves(by_k, "pass@k over k", percent=True, x_label="k"),
         ),
         FigureBlock(
-            name,
+            QUALITY,
             "pass@k over temperature",
             "The same by temperature, with 95 % intervals over problems.",
             curves(by_heat, "pass@k over temperature", percent=True, x_label="temperature"),
         ),
         FigureBlock(
-            name,
+            QUALITY,
             "Distinct completions",
             "Different texts among the samples of a problem. Groups that all say the same cannot "
             "teach reinforcement learning anything.",
@@ -174,12 +181,12 @@ def _order(analysis: Analysis) -> list[FigureBlock]:
         lines = []
         for k, colour in zip(map(str, AR_NESS_K), COLOURS, strict=False):
             level = chance[kind][k]
-            known = _line(f"k = {k}", rows, lambda row, k=k: getattr(row, f"ar_{kind}")[k], colour)  # type: ignore[misc]  # noqa: B023
+            known = _line(f"k = {k}", rows, _field(f"ar_{kind}", k), colour)
             flat = {row.temperature: level for row in rows}
             lines += [known, Line("", flat, dashed=True, colour=colour)]
         blocks.append(
             FigureBlock(
-                "Order of unmasking",
+                ORDER,
                 f"{kind.capitalize()} AR-ness",
                 f"{text} Dashed: the same lengths in random order within blocks.",
                 curves(
@@ -192,9 +199,9 @@ def _order(analysis: Analysis) -> list[FigureBlock]:
 
 
 def _certain(analysis: Analysis) -> FigureBlock:
-    lines = [_line("certain", analysis.temperatures, lambda row: row.certain)]
+    lines = [_line("certain", analysis.temperatures, _field("certain"))]
     return FigureBlock(
-        "Order of unmasking",
+        ORDER,
         "Tokens that ties may have ordered",
         "Share of tokens fixed as sure as an order can tell. Of several such places the leftmost "
         "goes first, so where this is high, AR-ness is that rule's and not the model's.",
@@ -203,25 +210,41 @@ def _certain(analysis: Analysis) -> FigureBlock:
     )  # fmt: skip
 
 
-def _speed(analysis: Analysis) -> FigureBlock:
-    values = {row.nominal: row.pass_at_1.value for row in analysis.speeds}
-    band = {row.nominal: (row.pass_at_1.low, row.pass_at_1.high) for row in analysis.speeds}
+def _greedy_order(analysis: Analysis) -> FigureBlock:
+    rows = analysis.speeds
+    lines = [
+        _estimates("global", {row.nominal: row.ar_global["1"] for row in rows}),
+        _estimates("local", {row.nominal: row.ar_local["1"] for row in rows}),
+        _estimates("certain", {row.nominal: row.certain for row in rows}),
+    ]
     return FigureBlock(
-        "Speed",
+        ORDER,
+        "AR-ness@1 of greedy decoding, by tokens a pass",
+        "Greedy decoding ranks places by the certainty of the plain model, without temperature and "
+        "top-p. Certain: as on the left. Tokens of one pass count as left to right.",
+        curves(lines, "AR-ness over tokens a pass", percent=True, floor=0,
+               x_label="tokens a pass"),
+    )  # fmt: skip
+
+
+def _speed(analysis: Analysis) -> FigureBlock:
+    line = _estimates("pass@1", {row.nominal: row.pass_at_1 for row in analysis.speeds})
+    return FigureBlock(
+        QUALITY,
         "Quality by tokens a pass",
         "Greedy pass@1 when every pass fixes 1, 2 or 4 tokens, with its 95 % interval.",
         curves(
-            [Line("pass@1", values, dots=True, band=band)],
-            "pass@1 over tokens a pass", percent=True, floor=0, x_label="tokens a pass",
+            [line], "pass@1 over tokens a pass", percent=True, floor=0, x_label="tokens a pass",
         ),
     )  # fmt: skip
 
 
 def _sink(analysis: Analysis) -> list[FigureBlock]:
     passes, rows = analysis.sink.passes, analysis.sink.from_prompt
+    named = list(zip(WHICH_PASS, passes, strict=False))
     from_mask = "distance from the block's leftmost mask"
-    sure = [_sink_line(f"{w} pass", p, "confidence") for w, p in zip(WHICH_PASS, passes)]  # noqa: B905
-    unsure = [_sink_line(f"{w} pass", p, "entropy") for w, p in zip(WHICH_PASS, passes)]  # noqa: B905
+    sure = [_sink_line(f"{w} pass", p, "confidence") for w, p in named]
+    unsure = [_sink_line(f"{w} pass", p, "entropy") for w, p in named]
     prompt = [_sink_line("confidence", rows, "confidence")]
     name, title = "Entropy sink", "Certainty by distance"
     return [
@@ -247,6 +270,14 @@ def _sink(analysis: Analysis) -> list[FigureBlock]:
     ]  # fmt: skip
 
 
+def _field(name: str, k: str | None = None) -> Callable[[AtTemperature], Estimate]:
+    def read(row: AtTemperature) -> Estimate:
+        value = getattr(row, name)
+        return value if k is None else value[k]
+
+    return read
+
+
 def _line(
     name: str,
     rows: Sequence[AtTemperature],
@@ -261,10 +292,10 @@ def _line(
 def _sink_line(name: str, points: Sequence[SinkPoint], field: str) -> Line:
     found = {point.distance: getattr(point, field) for point in points}
     most = max((estimate.n for estimate in found.values()), default=0)
-    return _estimates(name, {at: e for at, e in found.items() if e.n >= THIN * most}, None)
+    return _estimates(name, {at: e for at, e in found.items() if e.n >= THIN * most})
 
 
-def _estimates(name: str, found: Mapping[float, Estimate], colour: str | None) -> Line:
+def _estimates(name: str, found: Mapping[float, Estimate], colour: str | None = None) -> Line:
     return Line(
         name,
         {at: estimate.value for at, estimate in found.items()},

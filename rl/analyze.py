@@ -188,7 +188,7 @@ def _put_together(
         cautions=cautions(rows, chance, block, base),
         random_order=chance,
         speeds=[
-            at_speed(speed, fast[speed], groups, greedily[1], seed)
+            at_speed(speed, fast[speed], groups, greedily[1], base.remasking, seed)
             for speed, groups in greedily.items()
         ],
         speeds_left_out=[speed for speed in SPEEDS if speed not in fast],
