@@ -312,4 +312,5 @@ def _top(analysis: Analysis) -> str:
 def _with_range(rate: Estimate) -> str:
     if not rate.n:
         return "–"
-    return f"{100 * rate.value:.1f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
+    mean = f"{100 * rate.value:.1f}".replace("100.0", "100")
+    return f"{mean} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"

@@ -150,9 +150,9 @@ def analyze(
 ) -> None:
     """How a checkpoint decodes: order, certainty, pass@k by temperature, quality by speed.
 
-    AR-ness (how left-to-right the order was), pass@k and distinct completions at every
-    temperature, the entropy sink, and greedy pass@1 at 1, 2 and 4 tokens a pass; with 95 %
-    intervals over problems. Whether DiffuCoder's two effects of temperature are there is said.
+    AR-ness (how left-to-right the order was), pass@k and distinct texts at every
+    temperature, the entropy sink, greedy pass@1 at 1, 2 and 4 tokens a pass, with
+    95 % intervals, and whether DiffuCoder's effects of temperature are there.
     """
     from rl.commands import AnalyzeOptions, analyze_model
 
