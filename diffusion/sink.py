@@ -19,15 +19,15 @@ def certainty(logits_NV: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     return probs.amax(-1), torch.special.entr(probs).sum(-1)
 
 
-def distance_from_first_mask(hidden_VL: Tensor, block_size: int | None) -> Tensor:
+def distance_from_first_mask(hidden_VL: Tensor, block_L: Tensor) -> Tensor:
     """Places between each place and the leftmost hidden one of its block: int64 [V, L].
 
-    `hidden_VL` bool says what each of V views of a completion hides; None is one block. What it
-    says of places that are not hidden means nothing.
+    `hidden_VL` bool says what each of V views of a completion hides, `block_L` int64 which block
+    each place is in, counted from 0. What is returned for places that are not hidden means nothing.
     """
     views, length = hidden_VL.shape
     place = torch.arange(length, device=hidden_VL.device).expand(views, -1)
-    block = place // (block_size or max(length, 1))
     hidden_place = place.masked_fill(~hidden_VL, length)
+    block = block_L.expand(views, -1)
     first = torch.full_like(place, length).scatter_reduce(1, block, hidden_place, "amin")
     return place - first.gather(1, block)

@@ -63,5 +63,6 @@ def first_passes(denoiser: Denoiser, sequence: Sequence, passes: int) -> MaskedP
     found = [certainty(denoiser.logits(part), spec.mask_token_id) for part in states.split(size)]
     confidence, entropy = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
     step, place = hidden.nonzero(as_tuple=True)
-    distance = distance_from_first_mask(hidden, spec.block_size)[hidden]
+    block = torch.arange(hidden.shape[1]) // (spec.block_size or hidden.shape[1])
+    distance = distance_from_first_mask(hidden, block)[hidden]
     return MaskedPlaces(step, place, distance, confidence, entropy)
