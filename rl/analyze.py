@@ -102,7 +102,10 @@ def check_analyzable(folder: Path, plan: AnalysisPlan) -> None:
             f"{folder}: an autoregressive checkpoint: left to right by construction (AR-ness 1, "
             "one token a pass); for its pass@k use `unmask evaluate` with --samples and -k"
         )
-    plan.one_token_a_pass(spec).resolve(spec)
+    try:
+        plan.one_token_a_pass(spec).resolve(spec)
+    except UserError as error:
+        raise UserError(f"rollout.{error}") from error
 
 
 def analyze_checkpoint(
@@ -121,19 +124,19 @@ def analyze_checkpoint(
         UserError: a bad checkpoint, an over-long prompt, no reward that runs tests, no sandbox.
     """
     check_analyzable(folder, plan)
-    loaded = load_checkpoint(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    prompts = [encode_prompt(loaded.tokenizer, problem.prompt) for problem in problems]
-    check_prompt_lengths(problems, [len(ids) for ids in prompts], prompt_limit, source=data)
-    base = plan.one_token_a_pass(loaded.spec)
-    fast = _passes_by_speed(base.resolve(loaded.spec)[0])
-    settings = [
-        *(Setting(replace(greedy(base), steps_per_block=steps), 1) for steps in fast.values()),
-        *(Setting(replace(base, temperature=t), plan.samples) for t in plan.temperatures),
-    ]
     seconds: dict[str, float] = {}
-    with Rewarder(reward) as rewarder:
+    with Rewarder(reward) as rewarder:  # first: a large model takes minutes to load
         if not any(part.runs_tests for part in rewarder.rewards.values()):
             raise UserError("reward.functions: none of them runs tests, so nothing can pass")
+        loaded = load_checkpoint(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+        prompts = [encode_prompt(loaded.tokenizer, problem.prompt) for problem in problems]
+        check_prompt_lengths(problems, [len(ids) for ids in prompts], prompt_limit, source=data)
+        base = plan.one_token_a_pass(loaded.spec)
+        fast = _passes_by_speed(base.resolve(loaded.spec)[0])
+        settings = [
+            *(Setting(replace(greedy(base), steps_per_block=steps), 1) for steps in fast.values()),
+            *(Setting(replace(base, temperature=t), plan.samples) for t in plan.temperatures),
+        ]
         with _timed(seconds, "decode"):
             decoded = _decode(loaded, problems, prompts, settings, plan.seed, progress)
         with _timed(seconds, "judge"):

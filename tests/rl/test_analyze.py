@@ -218,7 +218,7 @@ def test_the_page_is_one_file_with_every_figure(
         (["--out", "BAD"], "is a file; name a folder"),
         (["--temperatures", "6"], "--temperatures 6: must be above 0 and at most 5"),
         (["--samples", "2", "-k", "3"], "-k 3"),
-        (["rollout.decoding.gen_length=6"], "gen_length"),
+        (["rollout.decoding.gen_length=6"], "rollout.decoding.gen_length 6"),
         (["data.prompt_limit=1"], "the limit is 1"),
         (["reward.functions=[{name: code_format}]"], "none of them runs tests"),
     ],
