@@ -296,9 +296,9 @@ def cautions(
     coldest = min(rows, key=lambda row: row.temperature)
     if _tied(coldest, decoding.order_temperature):
         found.append(
-            f"At temperature {coldest.temperature:g} {coldest.certain.value:.0%} of the tokens "
-            "were fixed as sure as an order can be, and of several such places the leftmost goes "
-            "first: AR-ness there is that rule's. rollout.decoding.order_temperature=0.0001 "
+            f"At temperature {coldest.temperature:g} {100 * coldest.certain.value:.1f} % of the "
+            "tokens were fixed as sure as an order can be, and of several such places the leftmost "
+            "goes first: AR-ness there is that rule's. rollout.decoding.order_temperature=0.0001 "
             "leaves such ties to chance."
         )
     if block_size <= SMALL_BLOCK:

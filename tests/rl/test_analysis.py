@@ -153,7 +153,7 @@ def test_cautions_name_ties_small_blocks_and_orders_that_are_not_the_models() ->
     ]
     chance = random_ar_ness(GROUPS, 4, seed=0)
     ties, small = cautions(rows, chance, 4, PLAIN)
-    assert ties.startswith("At temperature 0.2 100% of the tokens")
+    assert ties.startswith("At temperature 0.2 100.0 % of the tokens")
     assert small.startswith("Blocks of 4: global AR-ness@k is 1 from k = 4 on")
     # Neither where chance breaks ties and the canvas is one long block; nor where few are tied.
     broken = DecodingConfig(gen_length=64, remasking="entropy", order_temperature=0.0001)
