@@ -188,7 +188,9 @@ def _stream(
     block_size = stage.block_size if stage.objective == "block" else 1
     origin = stage.block_origin
     try:
-        documents = encode_examples(examples, tokenizer, block_size, stage.row_length, seed, origin)
+        documents = encode_examples(
+            examples, tokenizer, block_size, stage.row_length, seed, block_origin=origin
+        )
     except UserError as error:
         raise UserError(f"stages.{stage.name} ({stage.data}): {error}") from error
     rows = (stage.row_length, block_size, stage.rows_per_step)

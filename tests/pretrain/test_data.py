@@ -87,7 +87,7 @@ def test_documents_fill_blocks_counted_from_their_start(
     tokenizer: PreTrainedTokenizerFast, prompt: str
 ) -> None:
     examples = [Example("abcde", prompt)] * 20
-    found = encode_examples(examples, tokenizer, 4, 64, 0, "sequence")
+    found = encode_examples(examples, tokenizer, 4, 64, 0, block_origin="sequence")
     assert {len(d.ids) % 4 for d in found} == {0}
     ours = encode_examples(examples, tokenizer, 4, 64, 0)
     # The text and the EOS tokens that teach are the same; only the filling differs.
