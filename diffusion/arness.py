@@ -34,14 +34,15 @@ def global_ar_ness(step_map: Sequence[int], k: int) -> float:
     return hits / max(len(order), 1)
 
 
-def random_order(length: int, block_size: int, gen: torch.Generator) -> list[int]:
+def random_order(length: int, block_size: int, gen: torch.Generator, given: int = 0) -> list[int]:
     """The step map of a decode without any preference: blocks in order, each in random order.
 
-    What there is to compare with: a small block leaves little room to be anything but AR.
+    The first block is short by the `given` tokens that the prompt has in it. What there is to
+    compare with: a small block leaves little room to be anything but AR.
     """
     step_map: list[int] = []
-    for start in range(0, length, block_size):
-        size = min(block_size, length - start)
+    while (start := len(step_map)) < length:
+        size = min(block_size - (0 if start else given), length - start)
         step_map += (start + torch.randperm(size, generator=gen)).tolist()
     return step_map
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion.layout import Sequence, build_rows
 from diffusion.sink import certainty, distance_from_first_mask
-from diffusion.views import EstimatorConfig, make_views
+from diffusion.views import EstimatorConfig, completion_blocks, make_views
 from models.decoding import LOGIT_NUMBERS
 from models.denoiser import Denoiser
 
@@ -48,13 +48,16 @@ def first_passes(denoiser: Denoiser, sequence: Sequence, passes: int) -> MaskedP
     """
     spec, device = denoiser.spec, next(denoiser.parameters()).device
     denoiser.eval()
-    hidden = make_views(sequence, EstimatorConfig(kind="trace"), spec.block_size, 0).hidden[:passes]
+    trace = EstimatorConfig(kind="trace")
+    views = make_views(sequence, trace, spec.block_size, 0, spec.block_origin)
+    hidden = views.hidden[:passes]
     rows = build_rows(
         [replace(sequence, supervised=len(sequence.completion_ids))],
         [hidden],
         mask_token_id=spec.mask_token_id,
         block_size=spec.block_size,
         logit_shift=spec.logit_shift,
+        block_origin=spec.block_origin,
     ).to(device)
     states = denoiser.hidden(rows.input_ids, rows.position_ids, rows.attention_mask)
     states = states.reshape(-1, states.shape[-1])[rows.select]
@@ -63,6 +66,6 @@ def first_passes(denoiser: Denoiser, sequence: Sequence, passes: int) -> MaskedP
     found = [certainty(denoiser.logits(part), spec.mask_token_id) for part in states.split(size)]
     confidence, entropy = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
     step, place = hidden.nonzero(as_tuple=True)
-    block = torch.arange(hidden.shape[1]) // (spec.block_size or hidden.shape[1])
+    block = completion_blocks(sequence, spec.block_size, spec.block_origin)
     distance = distance_from_first_mask(hidden, block)[hidden]
     return MaskedPlaces(step, place, distance, confidence, entropy)

@@ -13,6 +13,7 @@ import torch
 
 from common.records import Completion, Group
 from diffusion.arness import global_ar_ness, local_ar_ness, random_order
+from diffusion.attention import BlockOrigin, first_place
 from diffusion.masking import generator
 from diffusion.unmasking import Remasking, most_certain, on_grid
 from models.request import DecodingConfig
@@ -213,14 +214,16 @@ def certain_share(completion: Completion, remasking: Remasking) -> float:
     return float((sure == most_certain(remasking)).float().mean())
 
 
-def random_ar_ness(groups: Sequence[Group], block_size: int, seed: int) -> dict[str, Any]:
+def random_ar_ness(
+    groups: Sequence[Group], block_size: int, origin: BlockOrigin, seed: int
+) -> dict[str, Any]:
     """Mean AR-ness of as long completions in random order within blocks: {"local": {"1": ...}}."""
     gen = generator(seed)
-    maps = [
-        random_order(len(r.completion.step_map), block_size, gen)
-        for group in groups
-        for r in group.rollouts
-    ]
+    maps = []
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        prompt = len(rollout.prompt_ids)
+        given = prompt - first_place(prompt, block_size, origin)
+        maps.append(random_order(len(rollout.completion.step_map), block_size, gen, given))
     return {
         name: {str(k): fmean(measure(m, k) for m in maps) for k in AR_NESS_K}
         for name, measure in (("local", local_ar_ness), ("global", global_ar_ness))

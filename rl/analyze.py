@@ -171,7 +171,9 @@ def _put_together(
         at_temperature(temperature, groups, plan.ks, base.remasking, seed)
         for temperature, groups in sampled.items()
     ]
-    chance = random_ar_ness(sampled[min(sampled)], block, derive_seed(seed, "random order"))
+    chance = random_ar_ness(
+        sampled[min(sampled)], block, loaded.spec.block_origin, derive_seed(seed, "random order")
+    )
     return Analysis(
         checkpoint=str(loaded.folder),
         data=data,

@@ -201,10 +201,15 @@ def import_folder(
     options = ImportOptions(family=family, block_size=block_size, mask_token=mask_token)
     plan = import_checkpoint(source, out, options)
     spec = plan.spec
-    blocks = f", block_size {spec.block_size}" if spec.attention == "block_causal" else ""
+    blocks = ""
+    if spec.attention == "block_causal":
+        blocks = f", block_size {spec.block_size} from the {spec.block_origin}'s "
+        blocks += "end" if spec.block_origin == "prompt" else "start"
     print(f"{out}: {plan.family.name}, stock {plan.family.stock}, {spec.attention}{blocks}")
     print(f"logit shift {'yes' if spec.logit_shift else 'no'}; mask token "
           f"{plan.tokenizer.mask_token} ({spec.mask_token_id}), {plan.mask_origin}")  # fmt: skip
+    stops = plan.tokenizer.convert_ids_to_tokens(list(plan.stops))
+    print(f"ends at {', '.join(str(token) for token in stops)}")
     if not plan.family.adapted:
         print(f"an AR model, to be adapted: unmask pretrain start={out}")
 

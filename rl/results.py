@@ -109,10 +109,10 @@ def pick_samples(
 
 
 def make_sample(problem: Problem, rollout: Rollout, tokenizer: "PreTrainedTokenizerFast") -> Sample:
-    """One completion as plain values; an EOS that ended it is left out of the tokens."""
+    """One completion as plain values; the token that ended it is left out of the tokens."""
     completion, score = rollout.completion, rollout.score
     ids = list(completion.token_ids)
-    if ids and ids[-1] == tokenizer.eos_token_id:
+    if completion.finish_reason == "eos":
         ids.pop()
     stdin_tests = tuple(f"{test.stdin!r} -> {test.stdout!r}" for test in problem.stdin_tests)
     return Sample(

@@ -31,7 +31,7 @@ from models.tokenizer import check_tokenizer, encode_prompt, load_tokenizer
 from rewards.compose import verify_rewards
 from rl.checkpoint import Checkpoints, RunState, read_state
 from rl.config import TrainConfig, load_train_config
-from rl.data import EMBEDDED, ProblemStream, check_prompt_lengths, load_problems
+from rl.data import ProblemStream, check_prompt_lengths, take_problems
 from rl.evaluate import greedy
 from rl.loop import Cluster, Loop, LoopPlan
 
@@ -130,16 +130,6 @@ class _Monitor:
             self._progress.say(f"step {step}: no group had any spread, so nothing was learned")
 
 
-def run_training(config: TrainConfig, sink: Sink, progress: Progress) -> RunState:
-    """Check everything, then train. For callers that bring their own sinks (`rl.demo`).
-
-    Raises:
-        UserError: bad input; nothing was started or written.
-        InfrastructureError: a worker failed or did not answer in time.
-    """
-    return prepare(config).run(sink, progress)
-
-
 def prepare(config: TrainConfig) -> Job:
     """Look at everything the run needs; start and write nothing.
 
@@ -171,9 +161,7 @@ def _problems(config: TrainConfig, which: str) -> list[Problem]:
         (data.train, data.train_count) if which == "train" else (data.test, data.test_count)
     )
     try:
-        if source.startswith(EMBEDDED):
-            return load_problems(source, seed=data.seed, count=count)
-        return load_problems(source, limit=count)
+        return take_problems(source, count, data.seed)
     except UserError as error:
         raise UserError(f"data.{which}: {error}") from error
 

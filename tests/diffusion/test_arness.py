@@ -77,5 +77,10 @@ def test_a_random_order_of_a_short_last_block() -> None:
     assert sorted(random_order(6, 4, generator(1))[4:]) == [4, 5]
 
 
+def test_a_random_order_of_a_first_block_that_the_prompt_shares() -> None:
+    step_map = random_order(6, 4, generator(1), given=3)
+    assert step_map[0] == 0 and sorted(step_map[1:5]) == [1, 2, 3, 4] and step_map[5] == 5
+
+
 def _mean(measure: Callable[[list[int], int], float], maps: list[list[int]], k: int) -> float:
     return sum(measure(step_map, k) for step_map in maps) / len(maps)

@@ -140,9 +140,9 @@ def test_difference_needs_a_common_problem() -> None:
 
 
 def test_random_order_keeps_to_the_blocks() -> None:
-    ones = random_ar_ness(GROUPS, 1, seed=0)
+    ones = random_ar_ness(GROUPS, 1, "prompt", seed=0)
     assert ones == {kind: dict.fromkeys("1248", 1.0) for kind in ("local", "global")}
-    assert random_ar_ness(GROUPS, 4, seed=0)["global"]["1"] < 1.0
+    assert random_ar_ness(GROUPS, 4, "prompt", seed=0)["global"]["1"] < 1.0
 
 
 def test_cautions_name_ties_small_blocks_and_orders_that_are_not_the_models() -> None:
@@ -151,7 +151,7 @@ def test_cautions_name_ties_small_blocks_and_orders_that_are_not_the_models() ->
         at_temperature(0.2, tied, (1,), "entropy", 0),
         at_temperature(1.2, GROUPS, (1,), "entropy", 0),
     ]
-    chance = random_ar_ness(GROUPS, 4, seed=0)
+    chance = random_ar_ness(GROUPS, 4, "prompt", seed=0)
     ties, small = cautions(rows, chance, 4, PLAIN)
     assert ties.startswith("At temperature 0.2 100.0 % of the tokens")
     assert small.startswith("Blocks of 4: global AR-ness@k is 1 from k = 4 on")

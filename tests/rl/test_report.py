@@ -256,10 +256,6 @@ def test_paired_difference_uses_common_problems_only() -> None:
 
 
 class FakeTokenizer:
-    """Token 9 ends the text."""
-
-    eos_token_id = 9
-
     def decode(self, ids: list[int]) -> str:
         return "".join(f"<{number}>" for number in ids)
 
