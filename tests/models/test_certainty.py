@@ -1,6 +1,7 @@
 """What the first passes saw, against what the decoder recorded while it decoded."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.records import Completion
 from diffusion.layout import Sequence
+from diffusion.views import completion_blocks
 from models.certainty import first_passes
 from models.decoding import Decoder
 from models.denoiser import Denoiser
@@ -18,12 +20,13 @@ Prompts = list[tuple[int, ...]]
 
 
 @pytest.mark.parametrize(
-    ("attention", "shift", "block"),
+    ("attention", "shift", "block", "origin"),
     [
-        ("block_causal", False, 4),
-        ("block_causal", True, 4),
-        ("bidirectional", True, None),
-        ("bidirectional", False, 4),  # blocks over a canvas whose rest stays masked
+        ("block_causal", False, 4, "prompt"),
+        ("block_causal", True, 4, "prompt"),
+        ("block_causal", False, 4, "sequence"),  # the first block is short
+        ("bidirectional", True, None, "prompt"),
+        ("bidirectional", False, 4, "prompt"),  # blocks over a canvas whose rest stays masked
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 2**24])
@@ -35,10 +38,12 @@ def test_chosen_places_are_as_sure_as_the_decoder_said(
     attention: str,
     shift: bool,
     block: int | None,
+    origin: str,
     chunk: int,
 ) -> None:
     monkeypatch.setattr("models.certainty.LOGIT_NUMBERS", chunk)
     denoiser = make_denoiser(attention, shift)
+    denoiser.spec = replace(denoiser.spec, block_origin=origin)  # type: ignore[arg-type]
     config = DecodingConfig(
         gen_length=LENGTH, block_size=block, temperature=0.0, remasking="low_confidence"
     )
@@ -49,15 +54,20 @@ def test_chosen_places_are_as_sure_as_the_decoder_said(
         sequence = sequence_of(request, completion)
         seen = first_passes(denoiser, sequence, PASSES)
         places = {(step, place): sure for step, place, _, sure, _ in seen.rows()}
-        size = denoiser.spec.block_size or LENGTH
+        blocks = completion_blocks(sequence, denoiser.spec.block_size, denoiser.spec.block_origin)
+        first_clock = {
+            number: min(torch.tensor(completion.step_map)[blocks == number].tolist())
+            for number in blocks.unique().tolist()
+        }
         checked = 0
         for place, clock in enumerate(completion.step_map):
-            step = clock - place // size * size  # one token a pass: a block takes `size` passes
+            step = clock - first_clock[int(blocks[place])]
             if step < PASSES:
                 expected = completion.confidences[place]
                 assert places[step, place] == pytest.approx(expected, rel=1e-4, abs=1e-5)
                 checked += 1
-        assert checked == PASSES * (len(sequence.completion_ids) // size)
+        sizes = blocks.bincount().tolist()  # one token a pass
+        assert checked == sum(min(PASSES, size) for size in sizes)
 
 
 def sequence_of(request: Request, completion: Completion) -> Sequence:
