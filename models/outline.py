@@ -43,7 +43,7 @@ class Outline:
         """
         decoding.resolve(self.spec)
         if prompts and needs_cache(self.spec, decoding):
-            places = max(map(len, prompts)) + decoding.gen_length
+            places = max(decoding.span(self.spec, len(prompt))[1] for prompt in prompts)
             affordable_slots(self.config, places, 1, decoding.cache_mib, dtype.itemsize)
 
 

@@ -186,14 +186,21 @@ def _stream(
     stage: StageSection, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> RowStream:
     block_size = stage.block_size if stage.objective == "block" else 1
+    origin = stage.block_origin
     try:
         documents = encode_examples(
-            examples, tokenizer, block_size, stage.row_length, seed, stage.canvas
+            examples,
+            tokenizer,
+            block_size,
+            stage.row_length,
+            seed,
+            canvas=stage.canvas,
+            block_origin=origin,
         )
     except UserError as error:
         raise UserError(f"stages.{stage.name} ({stage.data}): {error}") from error
     rows = (stage.row_length, block_size, stage.rows_per_step)
-    return RowStream(documents, *rows, derive_seed(seed, "rows", stage.name))
+    return RowStream(documents, *rows, derive_seed(seed, "rows", stage.name), origin)
 
 
 def _start_model(

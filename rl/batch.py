@@ -13,6 +13,7 @@ from common.seeding import derive_seed
 from diffusion.arness import global_ar_ness, local_ar_ness
 from diffusion.layout import Sequence, decoded_sequence
 from rl.advantage import Advantages, Baseline, group_advantages
+from rl.estimates import distinct_shares
 
 AR_NESS_K = (1, 2, 4, 8)
 
@@ -175,6 +176,8 @@ def rollout_metrics(groups: List[Group]) -> dict[str, float]:
         metrics |= {"rewards/failed_share": failed} | _reward_metrics(scores)
     if rollouts:
         metrics |= _completion_metrics([rollout.completion for rollout in rollouts])
+        shares = distinct_shares(groups).values()
+        metrics["completions/distinct_ratio"] = statistics.fmean(shares)
     verdicts = [verdict for score in scores for verdict in score.verdicts]
     for name in sorted(set(verdicts)):
         metrics[f"sandbox/{name}"] = verdicts.count(name) / len(verdicts)

@@ -99,12 +99,11 @@ def evaluate_checkpoint(
         if on_progress is not None:
             on_progress(done, total)
 
-    def groups(config: DecodingConfig, size: int) -> list[Group]:
-        return decode_groups(decoder, problems, prompts, config, size, seed, advance)
-
+    settings = [Setting(greedy(decoding), 1), Setting(decoding, samples)]
     with Rewarder(reward) as rewarder:
-        certain = rewarder.score(groups(greedy(decoding), 1)).groups
-        sampled = rewarder.score(groups(decoding, samples)).groups if samples else []
+        once, often = decode_groups(decoder, problems, prompts, settings, seed, advance)
+        certain = rewarder.score(once).groups
+        sampled = rewarder.score(often).groups if samples else []
     both = [rollout for group in certain + sampled for rollout in group.rollouts]
     return Evaluation(
         greedy=pass_at_1(certain, seed),
@@ -117,37 +116,51 @@ def evaluate_checkpoint(
     )
 
 
+@dataclass(frozen=True)
+class Setting:
+    """`samples` completions of every problem, decoded in this way."""
+
+    decoding: DecodingConfig
+    samples: int
+
+
 def decode_groups(
     decoder: Decoder,
     problems: Sequence[Problem],
     prompts: Sequence[tuple[int, ...]],
-    decoding: DecodingConfig,
-    group_size: int,
+    settings: Sequence[Setting],
     seed: int,
     on_progress: Callable[[int], None] | None = None,
-) -> list[Group]:
-    """Unscored groups; seeds by the same names as a rollout worker's, so results are the same."""
+) -> list[list[Group]]:
+    """Unscored groups of every setting, decoded side by side in one call.
+
+    Seeds by the same names as a rollout worker's, so results are the same; and the same in every
+    setting, so that settings differ by what they say alone.
+    """
     requests = [
-        Request(ids, derive_seed(seed, problem.problem_id, index))
+        Request(ids, derive_seed(seed, problem.problem_id, index), setting.decoding)
+        for setting in settings
         for problem, ids in zip(problems, prompts, strict=True)
-        for index in range(group_size)
+        for index in range(setting.samples)
     ]
-    completions = iter(decoder.decode(requests, decoding, on_progress))
-    order = iter(requests)
-    return [
-        Group(
-            problem,
-            tuple(
-                Rollout(
-                    problem_id=problem.problem_id,
-                    sample_index=index,
-                    prompt_ids=ids,
-                    completion=next(completions),
-                    policy_version=0,
-                    seed=next(order).seed,
-                )
-                for index in range(group_size)
-            ),
+    completions = decoder.decode(requests, settings[0].decoding, on_progress)
+    made = iter(zip(requests, completions, strict=True))
+
+    def rollout(problem: Problem, index: int) -> Rollout:
+        request, completion = next(made)
+        return Rollout(
+            problem_id=problem.problem_id,
+            sample_index=index,
+            prompt_ids=request.prompt_ids,
+            completion=completion,
+            policy_version=0,
+            seed=request.seed,
         )
-        for problem, ids in zip(problems, prompts, strict=True)
+
+    return [
+        [
+            Group(problem, tuple(rollout(problem, index) for index in range(setting.samples)))
+            for problem in problems
+        ]
+        for setting in settings
     ]

@@ -46,6 +46,8 @@ def test_a_good_config(tmp_path: Path, make_values: MakeValues) -> None:
         ("stages.1.rows_per_micro_batch=3", r"stages\.1: .*multiple of rows_per_micro_batch"),
         ("stages.1.block_size=5", r"stages\.1: .*row_length must be a multiple of block_size"),
         ("stages.2.canvas=64", r"stages\.2: .*canvas is for objective bidirectional; block sees"),
+        ("stages.1.block_origin=start", r"stages\.1\.block_origin"),
+        ("stages.0.block_origin=sequence", r"stages\.0: .*block_origin sequence is for objective"),
         ("stages.1.warmup.u_init=0.0", r"stages\.1\.warmup\.u_init"),
         ("tokenizer.vocab_size=100", r"tokenizer\.vocab_size"),
         ("engine.kind=jax", r"engine\.kind"),
@@ -101,3 +103,9 @@ def test_what_a_stage_makes(
     spec = StageSection.model_validate_json(json.dumps(values)).spec(2)
     assert (spec.attention, spec.logit_shift, spec.block_size) == expected
     assert spec.mask_token_id == 2
+
+
+def test_a_stage_may_count_blocks_from_the_sequences_start(make_stage: MakeValues) -> None:
+    values = make_stage("s", "block", "embedded:sft", block_origin="sequence")
+    spec = StageSection.model_validate_json(json.dumps(values)).spec(2)
+    assert (spec.block_origin, spec.block_size) == ("sequence", 4)
