@@ -5,8 +5,8 @@
 The reference is written straight from the published loops (LLaDA's `generate`, Dream's
 `diffusion_generate`, the block loops of SDAR and Stable-DiffCoder): a fixed batch, the whole canvas
 in every pass, logits of the whole vocabulary at every position, float64 probabilities, run to
-gen_length. Same weights, prompts and threads; the text must be the same. Not a test of quality,
-but for the threshold curve, which needs the demo's model.
+gen_length. Same weights, prompts and threads; the text must be the same. Not a test of quality, but
+for `threshold` (the demo's model) and `caches` (configs/pretrain/bidirectional_cpu.yaml).
 """
 
 import argparse
@@ -24,15 +24,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder
 
+import matplotlib  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
+from common.records import Group, Rollout  # noqa: E402
 from models.checkpoint import load_checkpoint, new_model  # noqa: E402
 from models.decoding import Decoder  # noqa: E402
 from models.denoiser import Denoiser  # noqa: E402
 from models.request import DecodingConfig, Request  # noqa: E402
 from models.spec import DiffusionSpec  # noqa: E402
 from models.tokenizer import encode_prompt  # noqa: E402
+from rewards.compose import Rewarder  # noqa: E402
+from rl.config import load_train_config  # noqa: E402
 from rl.data import load_problems  # noqa: E402
+from rl.estimates import paired_difference, pass_at_1  # noqa: E402
 
 Row = dict[str, Any]
 PAD, EOS, MASK = 0, 1, 2
@@ -207,30 +213,108 @@ def continuous_batching(options: argparse.Namespace) -> list[Row]:
     ]
 
 
+class Judged:
+    """Greedy answers of a checkpoint to held-out problems, timed, and judged in the sandbox."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self.loaded = load_checkpoint(folder)
+        self.decoder = Decoder(self.loaded.denoiser, self.loaded.tokenizer)
+        self.scoring = load_train_config(options.config, [f"model.path={folder}"]).scoring
+        self.problems = load_problems("embedded:test", seed=0, count=options.problems)
+        self.requests = [
+            Request(encode_prompt(self.loaded.tokenizer, problem.prompt), 0)
+            for problem in self.problems
+        ]
+
+    def decode(self, config: DecodingConfig) -> tuple[float, list[Group]]:
+        """Seconds of decoding alone, and the judged groups."""
+        self.decoder.decode(self.requests[:2], config)
+        seconds, found = timed(lambda: self.decoder.decode(self.requests, config))
+        groups = [
+            Group(problem, (Rollout(problem.problem_id, 0, request.prompt_ids, completion, 0, 0),))
+            for problem, request, completion in zip(
+                self.problems, self.requests, found, strict=True
+            )
+        ]
+        with Rewarder(self.scoring) as rewarder:
+            return seconds, rewarder.score(groups).groups
+
+
+def pass_row(case: str, ours: list[Group], reference: list[Group]) -> Row:
+    """pass@1 with its interval, and the difference, resampled in pairs."""
+    one, other = pass_at_1(ours), pass_at_1(reference)
+    paired, ratio = paired_difference(reference, ours), one.value / max(other.value, 1e-9)
+    return row(case, "pass@1", "share", one.value, other.value, ratio) | {
+        "interval": [round(one.low, 4), round(one.high, 4)],
+        "minus_reference": [round(v, 4) for v in (paired.value, paired.low, paired.high)],
+    }
+
+
+def tokens_of(groups: list[Group]) -> int:
+    return sum(len(rollout.completion.token_ids) for g in groups for rollout in g.rollouts)
+
+
 def threshold_curve(options: argparse.Namespace) -> list[Row]:
     """Tokens per pass and pass@1 of the demo's model; the reference is one token a pass."""
-    from rewards.compose import RewardConfig
-    from rl.config import load_train_config
-    from rl.evaluate import evaluate_checkpoint
-
-    settings = load_train_config(options.config, [f"model.path={options.model}"])
-    scoring: RewardConfig = settings.scoring
-    problems = load_problems("embedded:test", seed=0, count=options.problems)
-    greedy = DecodingConfig(gen_length=64, temperature=0.0)
+    judged = Judged(options.model, options)
     table: list[Row] = []
-    one: tuple[float, float] | None = None
-    for threshold in (None, 0.7, 0.8, 0.9, 0.95, 1.0):
-        config = replace(greedy, threshold=threshold)
-        done = evaluate_checkpoint(options.model, problems, config, scoring)
-        maps = [r.completion.step_map for group in done.groups for r in group.rollouts]
+    one: tuple[float, list[Group]] | None = None
+    for threshold in (None, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0):
+        config = DecodingConfig(gen_length=64, temperature=0.0, threshold=threshold)
+        _, groups = judged.decode(config)
+        maps = [r.completion.step_map for group in groups for r in group.rollouts]
         rate = sum(map(len, maps)) / sum(max(steps) + 1 for steps in maps)
-        one = one or (rate, done.greedy.value)
+        one = one or (rate, groups)
         case = f"threshold_{threshold}"
         table += [
             row(case, "tokens_per_pass", "tokens", rate, one[0], rate / one[0]),
-            row(case, "pass@1", "share", done.greedy.value, one[1], done.greedy.value / one[1]),
+            pass_row(case, groups, one[1]),
         ]
     return table
+
+
+def approximate_caches(options: argparse.Namespace) -> list[Row]:
+    """What Fast-dLLM's caches cost a trained bidirectional model; the reference has no cache."""
+    judged = Judged(options.bidirectional, options)
+    table: list[Row] = []
+    for block in (8, 32):
+        exact: tuple[float, list[Group]] | None = None
+        for cache in ("exact", "prefix", "dual"):
+            config = DecodingConfig(gen_length=64, block_size=block, temperature=0.0, cache=cache)  # type: ignore[arg-type]
+            seconds, groups = judged.decode(config)
+            speed = tokens_of(groups) / seconds
+            exact = exact or (speed, groups)
+            case = f"cache_{cache}_block_{block}"
+            table += [
+                row(case, "tokens", "1/s", speed, exact[0], speed / exact[0]),
+                pass_row(case, groups, exact[1]),
+            ]
+    return table
+
+
+def plot_thresholds(table: list[Row], path: Path) -> None:
+    """Tokens per pass against pass@1, a point per threshold with its interval; kind by suffix."""
+    curve = {(r["case"], r["metric"]): r for r in table if r["case"].startswith("threshold_")}
+    names = [case for case, metric in curve if metric == "pass@1" and not case.endswith("None")]
+    speed = [curve[name, "tokens_per_pass"]["ours"] for name in names]
+    passed = [curve[name, "pass@1"] for name in names]
+    value = [100 * r["ours"] for r in passed]
+    below = [v - 100 * r["interval"][0] for v, r in zip(value, passed, strict=True)]
+    above = [100 * r["interval"][1] - v for v, r in zip(value, passed, strict=True)]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "thresholds"}):
+        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.errorbar(
+            speed, value, [below, above], color="#2a6fbb", ecolor="#b5cde6", marker="o", capsize=3
+        )
+        for name, x, y in zip(names, speed, value, strict=True):
+            label = name.removeprefix("threshold_")
+            axes.annotate(label, (x, y), (6, 4), textcoords="offset points")
+        axes.set(xlabel="tokens per pass", ylabel="greedy pass@1, %", xlim=(0.9, max(speed) + 0.3))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 CASES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
@@ -238,8 +322,14 @@ CASES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "bidirectional": bidirectional,
     "continuous_batching": continuous_batching,
     "threshold": threshold_curve,
+    "caches": approximate_caches,
 }
-NEED_MODEL = {"block_exact", "threshold"}
+# Cases that need a trained model: the option that names it, and what makes one.
+NEED_MODEL = {
+    "block_exact": ("model", "`make demo`"),
+    "threshold": ("model", "`make demo`"),
+    "caches": ("bidirectional", "configs/pretrain/bidirectional_cpu.yaml"),
+}
 
 
 def main() -> None:
@@ -248,19 +338,26 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--model", type=Path, default=Path("runs/demo/rl/hf"))
+    folder = Path("runs/bidirectional/stages/sft")
+    parser.add_argument("--bidirectional", type=Path, default=folder, help="model of `caches`")
     parser.add_argument("--config", type=Path, default=Path("configs/rl/tiny_cpu.yaml"))
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--gen-length", type=int, default=256, help="of block_exact")
     parser.add_argument("--canvas", type=int, default=256, help="tokens and passes, bidirectional")
-    parser.add_argument("--problems", type=int, default=320, help="of the threshold curve")
+    parser.add_argument("--problems", type=int, default=320, help="of threshold and caches")
+    parser.add_argument("--plot", type=Path, help="draw the threshold curve: .svg or .png")
     options = parser.parse_args()
     table: list[Row] = []
     absent = {}
     for name in options.cases.split(","):
-        if name in NEED_MODEL and not (options.model / "diffusion.json").is_file():
-            absent[name] = f"no model in {options.model}; `make demo` makes one, or --model"
+        option, made_by = NEED_MODEL.get(name, ("", ""))
+        if option and not (getattr(options, option) / "diffusion.json").is_file():
+            folder = getattr(options, option)
+            absent[name] = f"no model in {folder}; {made_by} makes one, or --{option}"
             continue
         table += CASES[name](options)
+    if options.plot and "threshold" in options.cases.split(",") and "threshold" not in absent:
+        plot_thresholds(table, options.plot)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=ROOT,
@@ -278,7 +375,8 @@ def main() -> None:
     print(f"{'case':32}{'metric':18}{'unit':14}{'ours':>10}{'reference':>12}{'ratio':>9}")
     for r in table:
         names = f"{r['case']:32}{r['metric']:18}{r['unit']:14}"
-        print(f"{names}{r['ours']:>10}{r['reference']:>12}{r['ratio']:>9}")
+        more = "".join(f"  {key} {r[key]}" for key in ("interval", "minus_reference") if key in r)
+        print(f"{names}{r['ours']:>10}{r['reference']:>12}{r['ratio']:>9}{more}")
     for name, reason in absent.items():
         print(f"{name:32}absent: {reason}")
 

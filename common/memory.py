@@ -6,7 +6,6 @@ size (RSS), which counts shared pages in each process and so overstates the sum.
 """
 
 import threading
-from types import TracebackType
 
 import psutil
 
@@ -47,12 +46,7 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
         self.sample()

@@ -51,10 +51,13 @@ class Problem:
 class Completion:
     """What the decoder returned for one request.
 
-    `token_ids` ends with the first EOS if there is one; `tail_ids` are the tokens that were
-    decoded behind it in the same block: context for the likelihood, never supervised, never text.
+    `token_ids` ends with the first stop token if there is one (`finish_reason` eos); `tail_ids` are
+    the tokens that were decoded behind it, or behind the last of gen_length, in the same block:
+    context for the likelihood, never supervised, never text.
     `step_map[i]` is the denoising step, counted from 0 over the whole completion, that fixed
     position i, and `confidences[i]` its confidence then; both cover `token_ids + tail_ids`.
+    `undecided` counts the masks behind all these that a bidirectional model saw to the end (blocks
+    of the canvas that were never reached); a block-causal model sees nothing behind: 0 there.
     `behaviour_logps` are estimates for `token_ids` under the plain model that decoded them, one
     tuple for each of the masks that the request named; empty if it named none.
     """
@@ -66,6 +69,7 @@ class Completion:
     step_map: tuple[int, ...]
     confidences: tuple[float, ...]
     behaviour_logps: tuple[tuple[float, ...], ...] = ()
+    undecided: int = 0
 
 
 @dataclass(frozen=True, slots=True)

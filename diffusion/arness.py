@@ -5,6 +5,8 @@ Defined for one token a step; tokens that were fixed in the same step are ordere
 
 from collections.abc import Sequence
 
+import torch
+
 
 def local_ar_ness(step_map: Sequence[int], k: int) -> float:
     """Share of unmaskings at a position p such that the k before it were exactly p-1, ..., p-k.
@@ -30,6 +32,19 @@ def global_ar_ness(step_map: Sequence[int], k: int) -> float:
         hits += position in masked[:k]
         masked.remove(position)
     return hits / max(len(order), 1)
+
+
+def random_order(length: int, block_size: int, gen: torch.Generator, given: int = 0) -> list[int]:
+    """The step map of a decode without any preference: blocks in order, each in random order.
+
+    The first block is short by the `given` tokens that the prompt has in it. What there is to
+    compare with: a small block leaves little room to be anything but AR.
+    """
+    step_map: list[int] = []
+    while (start := len(step_map)) < length:
+        size = min(block_size - (0 if start else given), length - start)
+        step_map += (start + torch.randperm(size, generator=gen)).tolist()
+    return step_map
 
 
 def _order(step_map: Sequence[int]) -> list[int]:

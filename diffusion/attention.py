@@ -8,18 +8,34 @@ several it scores several masks of one completion over one shared clean context.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+# Where a checkpoint's blocks are counted from: the prompt's end, or the start of the sequence.
+BlockOrigin = Literal["prompt", "sequence"]
+
+
+def first_place(prompt_length: int, block_size: int | None, origin: BlockOrigin) -> int:
+    """The place where the first block that holds completion tokens begins.
+
+    With origin `sequence` that block also holds the prompt's last `prompt_length % block_size`
+    tokens, the *given* ones: they see and are seen like the rest of it, but are never hidden.
+    """
+    if origin == "prompt" or block_size is None:
+        return prompt_length
+    return prompt_length // block_size * block_size
+
 
 def block_index(position: Tensor, origin: Tensor | int, block_size: int) -> Tensor:
     """The block of each token: blocks are counted from `origin`, and go negative before it.
 
-    In SFT, RL and decoding alike `origin` is the prompt's length, so a completion starts on a
-    block boundary whatever its prompt; the prompt's first block is the short one. For plain
-    documents it is the document's start. Everybody calls this: training and decoding agree.
+    In SFT, RL and decoding alike `origin` is `first_place` of the prompt: by our own stages a
+    completion starts on a block boundary whatever its prompt, and the prompt's first block is the
+    short one. For plain documents it is the document's start. Everybody calls this: training and
+    decoding agree.
     """
     return torch.div(position - origin, block_size, rounding_mode="floor")
 

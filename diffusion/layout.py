@@ -1,7 +1,8 @@
 """From completions and masks to the tokens of a forward pass. Not the network, not the estimator.
 
 A block-causal completion with V masks becomes one row `[prompt ; x_0 ; x_t^1 ; ... ; x_t^V]`: all
-masks share one clean context, exactly the condition under which each block was decoded. A
+masks share one clean context, exactly the condition under which each block was decoded. Prompt
+tokens that share the completion's first block (`first_place`) stand in every x_t as they are. A
 bidirectional completion becomes V rows `[prompt ; x_t]`: there nothing can be shared.
 """
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffusion.attention import Pattern, block_index
+from common.records import Completion
+from diffusion.attention import BlockOrigin, Pattern, block_index, first_place
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,21 @@ class Sequence:
     supervised: int
     step_map: tuple[int, ...] | None = None
     undecided: int = 0
+
+
+def decoded_sequence(prompt_ids: tuple[int, ...], completion: Completion) -> Sequence:
+    """Prompt, the whole decoded completion, and supervision through its end (first EOS) only.
+
+    What stands behind the EOS was decoded in the same block and is context; supervising it would
+    let pads dominate the loss (defect 9 of ALGORITHMS section 4).
+    """
+    return Sequence(
+        prompt_ids=prompt_ids,
+        completion_ids=completion.token_ids + completion.tail_ids,
+        supervised=len(completion.token_ids),
+        step_map=completion.step_map or None,
+        undecided=completion.undecided,
+    )
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,7 @@ def build_rows(
     block_size: int | None,
     logit_shift: bool,
     scored: List[Tensor] | None = None,
+    block_origin: BlockOrigin = "prompt",
 ) -> TokenRows:
     """Rows that score, in every view, the supervised tokens that the view hides.
 
@@ -117,21 +135,28 @@ def build_rows(
                 for view, part in zip(mask, wanted, strict=True)
             ]
         else:
-            rows.append(_block_row(sequence, mask, wanted, mask_token_id, block_size, logit_shift))
+            first = first_place(len(sequence.prompt_ids), block_size, block_origin)
+            rows.append(
+                _block_row(sequence, mask, wanted, mask_token_id, block_size, first, logit_shift)
+            )
     return _pad(rows)
 
 
-def row_tokens(sequence: Sequence, views: int, block_size: int | None) -> int:
+def row_tokens(
+    sequence: Sequence, views: int, block_size: int | None, block_origin: BlockOrigin = "prompt"
+) -> int:
     """Tokens that the forward pass of one completion with `views` masks costs."""
     prompt, completion = len(sequence.prompt_ids), len(sequence.completion_ids)
     if block_size is None:
         return views * (prompt + completion + sequence.undecided)
-    return prompt + _clean_length(completion, block_size) + views * completion
+    first = first_place(prompt, block_size, block_origin)
+    noisy = prompt + completion - first
+    return first + _clean_length(noisy, block_size) + views * noisy
 
 
-def _clean_length(completion: int, block_size: int) -> int:
-    """Clean tokens that some noisy block may see: all but the last block's."""
-    return (max(completion, 1) - 1) // block_size * block_size
+def _clean_length(noisy: int, block_size: int) -> int:
+    """Clean copies that some noisy block may see, of `noisy` tokens: all but the last block's."""
+    return (max(noisy, 1) - 1) // block_size * block_size
 
 
 def _canvas_row(
@@ -160,32 +185,32 @@ def _block_row(
     scored: Tensor,
     mask_token_id: int,
     block_size: int,
+    first: int,
     shift: bool,
 ) -> _Row:
-    prompt, length = len(sequence.prompt_ids), len(sequence.completion_ids)
-    completion = torch.tensor(sequence.completion_ids, dtype=torch.int64)
-    clean = prompt + _clean_length(length, block_size)
-    views = masks.shape[0]
-    text = torch.cat([torch.tensor(sequence.prompt_ids, dtype=torch.int64), completion])
-    noisy = completion.expand(views, length).masked_fill(masks, mask_token_id)
-    noisy_position = prompt + torch.arange(length)
-    position = torch.cat([torch.arange(clean), noisy_position.repeat(views)])
-    view = torch.cat([torch.zeros(clean, dtype=torch.int64), _repeat(range(1, views + 1), length)])
+    prompt, views = len(sequence.prompt_ids), masks.shape[0]
+    text = torch.tensor(sequence.prompt_ids + sequence.completion_ids, dtype=torch.int64)
+    given, width = prompt - first, len(text) - first
+    clean = first + _clean_length(width, block_size)
+    noisy = text[first:].repeat(views, 1)
+    noisy[:, given:].masked_fill_(masks, mask_token_id)
+    position = torch.cat([torch.arange(clean), torch.arange(first, len(text)).repeat(views)])
+    view = torch.cat([torch.zeros(clean, dtype=torch.int64), _repeat(range(1, views + 1), width)])
     source, target = [], []
     for number, wanted in enumerate(scored):
-        hidden = wanted.nonzero()[:, 0]
-        place = clean + number * length + hidden
+        column = given + wanted.nonzero()[:, 0]
+        place = clean + number * width + column
         if shift:
             # The first token of a block is predicted from the clean end of the block before it.
-            first = hidden % block_size == 0
-            place = torch.where(first, prompt + hidden - 1, place - 1)
+            opening = column % block_size == 0
+            place = torch.where(opening, first + column - 1, place - 1)
         source.append(place)
-        target.append(completion[hidden])
+        target.append(text[first + column])
     return _Row(
         torch.cat([text[:clean], noisy.reshape(-1)]),
         position,
         view,
-        block_index(position, prompt, block_size),
+        block_index(position, first, block_size),
         torch.cat(source),
         torch.cat(target),
     )

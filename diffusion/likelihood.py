@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from diffusion.attention import BlockOrigin
 from diffusion.layout import Sequence, TokenRows, build_rows, row_tokens
 from diffusion.views import EstimatorConfig, Views, count_views, make_views
 
@@ -31,11 +32,14 @@ class Denoising(Protocol):
     def attention(self) -> Literal["causal", "bidirectional", "block_causal"]: ...
     @property
     def block_size(self) -> int | None: ...
+    @property
+    def block_origin(self) -> BlockOrigin: ...
 
 
 def forward_tokens(spec: Denoising, sequence: Sequence, config: EstimatorConfig) -> int:
     """Tokens one completion adds to a forward pass: the unit of token-budget micro-batches."""
-    return row_tokens(sequence, count_views(sequence, config, spec.block_size), spec.block_size)
+    views = count_views(sequence, config, spec.block_size, spec.block_origin)
+    return row_tokens(sequence, views, spec.block_size, spec.block_origin)
 
 
 def estimate_logps(
@@ -51,7 +55,7 @@ def estimate_logps(
     of completion b alone: equal seeds give equal masks in any batch.
     """
     plans = [
-        make_views(s, config, spec.block_size, seed)
+        make_views(s, config, spec.block_size, seed, spec.block_origin)
         for s, seed in zip(sequences, seeds, strict=True)
     ]
     rows = build_rows(
@@ -61,6 +65,7 @@ def estimate_logps(
         block_size=spec.block_size,
         logit_shift=spec.logit_shift,
         scored=[views.scored for views in plans],
+        block_origin=spec.block_origin,
     )
     logps = score(rows)
     place, weight = _scatter_plan(sequences, plans)

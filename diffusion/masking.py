@@ -118,15 +118,17 @@ def independent_masks(
     return torch.stack(masks), torch.stack(ratios)
 
 
-def counted_masks(length: int, block_size: int, num_masks: int, seed: int) -> tuple[Tensor, Tensor]:
+def counted_masks(block: Tensor, num_masks: int, seed: int) -> tuple[Tensor, Tensor]:
     """In every block of n tokens hide k of them, k uniform in 1 .. n (LLaDA, eq. 6).
+
+    Args:
+        block: int64 [length], number of each token's block: 0, 1, ... without gaps.
 
     Returns:
         masks bool [num_masks, length] and each token's n / k, float [num_masks, length].
     """
     masks, weights = [], []
-    block = torch.arange(length) // block_size
-    blocks = int(block[-1]) + 1
+    length, blocks = len(block), int(block[-1]) + 1
     size = torch.bincount(block)
     for number in range(num_masks):
         gen = generator(derive_seed(seed, "sample", number))

@@ -35,6 +35,11 @@ def confidence(
     return probs_NV.gather(-1, token_N[:, None])[:, 0]
 
 
+def most_certain(remasking: Remasking) -> float:
+    """The confidence of a position about which there is no doubt."""
+    return 0.0 if remasking == "entropy" else 1.0
+
+
 def mixed_confidence(
     probs_NV: Tensor, token_N: Tensor, order_N: Tensor, uniform_N: Tensor
 ) -> Tensor:

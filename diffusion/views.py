@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from diffusion.attention import BlockOrigin, block_index, first_place
 from diffusion.layout import Sequence
 from diffusion.masking import counted_masks, coupled_masks, independent_masks
 
@@ -73,7 +74,12 @@ class Views:
     weight: Tensor
 
 
-def count_views(sequence: Sequence, config: EstimatorConfig, block_size: int | None) -> int:
+def count_views(
+    sequence: Sequence,
+    config: EstimatorConfig,
+    block_size: int | None,
+    block_origin: BlockOrigin = "prompt",
+) -> int:
     """Views that `make_views` will make, without a draw: the cost of a completion.
 
     Raises:
@@ -84,12 +90,18 @@ def count_views(sequence: Sequence, config: EstimatorConfig, block_size: int | N
     if config.kind == "uncoupled":
         return 1 + config.num_masks
     if config.kind == "trace":
-        return int(_steps(sequence, block_size).max()) + 1
+        return (
+            int(_steps(sequence, completion_blocks(sequence, block_size, block_origin)).max()) + 1
+        )
     return config.num_samples if config.kind == "elbo" else 1
 
 
 def make_views(
-    sequence: Sequence, config: EstimatorConfig, block_size: int | None, seed: int
+    sequence: Sequence,
+    config: EstimatorConfig,
+    block_size: int | None,
+    seed: int,
+    block_origin: BlockOrigin = "prompt",
 ) -> Views:
     """The views of one completion; `seed` alone fixes every draw.
 
@@ -100,11 +112,13 @@ def make_views(
         ValueError: `trace` of a completion without a step map.
     """
     if config.kind == "trace":
-        step = _steps(sequence, block_size)
+        step = _steps(sequence, completion_blocks(sequence, block_size, block_origin))
         now = torch.arange(int(step.max()) + 1)[:, None]
         return _scored(sequence, step >= now, (step == now).float())
     if config.kind == "elbo":
-        return _elbo_views(sequence, config, block_size, seed)
+        return _elbo_views(
+            sequence, config, completion_blocks(sequence, block_size, block_origin), seed
+        )
     length = len(sequence.completion_ids)
     between = (config.mask_ratio_min, config.mask_ratio_max)
     masks, ratios = torch.zeros(0, length, dtype=torch.bool), torch.zeros(0)
@@ -120,15 +134,27 @@ def make_views(
     return _scored(sequence, hidden, hidden / hidden.sum(0))
 
 
-def _elbo_views(
-    sequence: Sequence, config: EstimatorConfig, block_size: int | None, seed: int
-) -> Views:
-    """In each part of n tokens k are hidden, k uniform in 1 .. n, with weight n / k.
+def completion_blocks(
+    sequence: Sequence, block_size: int | None, block_origin: BlockOrigin
+) -> Tensor:
+    """The block of each completion token, int64 [length], from 0; one if there are none.
+
+    Prompt tokens of the first block are not counted: it is short by so many.
+    """
+    length = len(sequence.completion_ids)
+    if block_size is None:
+        return torch.zeros(length, dtype=torch.int64)
+    prompt = len(sequence.prompt_ids)
+    first = first_place(prompt, block_size, block_origin)
+    return block_index(torch.arange(prompt, prompt + length), first, block_size)
+
+
+def _elbo_views(sequence: Sequence, config: EstimatorConfig, block: Tensor, seed: int) -> Views:
+    """In each block of n tokens k are hidden, k uniform in 1 .. n, with weight n / k.
 
     A token is then hidden with each number of companions equally often, as in a random order.
     """
-    length = len(sequence.completion_ids)
-    hidden, weight = counted_masks(length, block_size or length, config.num_samples, seed)
+    hidden, weight = counted_masks(block, config.num_samples, seed)
     return _scored(sequence, hidden, weight / config.num_samples)
 
 
@@ -137,8 +163,8 @@ def _scored(sequence: Sequence, hidden: Tensor, weight: Tensor) -> Views:
     return Views(hidden, hidden & supervised & (weight > 0), weight)
 
 
-def _steps(sequence: Sequence, block_size: int | None) -> Tensor:
-    """The denoising step of each token, int64 [length], counted from 0 in every block.
+def _steps(sequence: Sequence, block: Tensor) -> Tensor:
+    """The denoising step of each token, int64 [length], counted from 0 in every `block`.
 
     Blocks of a block-causal model do not see each other's noise, so all of them take their s-th
     step in one view. Steps that fixed nothing are left out.
@@ -148,5 +174,5 @@ def _steps(sequence: Sequence, block_size: int | None) -> Tensor:
     steps = torch.tensor(sequence.step_map, dtype=torch.int64)
     if len(steps) != len(sequence.completion_ids):
         raise ValueError(f"{len(steps)} steps for {len(sequence.completion_ids)} tokens")
-    parts: List[Tensor] = steps.split(block_size or len(steps))
+    parts: List[Tensor] = steps.split(block.bincount().tolist())
     return torch.cat([part.unique(return_inverse=True)[1] for part in parts])

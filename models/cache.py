@@ -4,13 +4,13 @@ A slot is one row of memory that requests use one after the other. Nothing is wi
 leaves: a request sees only places that it has written itself.
 """
 
-from typing import Any
-
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from common.errors import UserError
 from models.attention import head_size
-from models.denoiser import Denoiser
+from models.request import DecodingConfig
+from models.spec import DiffusionSpec
 
 MIB = 2**20
 Rows = slice | Tensor
@@ -65,20 +65,26 @@ class SlotCache:
         return 0
 
 
-def slot_bytes(denoiser: Denoiser, places: int) -> int:
-    """Bytes of one slot with room for `places` tokens."""
-    config: Any = denoiser.model.config
+def needs_cache(spec: DiffusionSpec, decoding: DecodingConfig) -> bool:
+    """Whether decoding keeps keys and values at all."""
+    return spec.attention != "bidirectional" or decoding.cache != "exact"
+
+
+def slot_bytes(config: PretrainedConfig, places: int, itemsize: int) -> int:
+    """Bytes of one slot with room for `places` tokens, of a model whose numbers take `itemsize`."""
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config)
-    return numbers * (places + 1) * next(denoiser.parameters()).element_size()
+    return int(numbers * (places + 1) * itemsize)
 
 
-def affordable_slots(denoiser: Denoiser, places: int, wanted: int, cache_mib: int) -> int:
+def affordable_slots(
+    config: PretrainedConfig, places: int, wanted: int, cache_mib: int, itemsize: int
+) -> int:
     """How many of `wanted` slots fit into `cache_mib`.
 
     Raises:
         UserError: not even one.
     """
-    each = slot_bytes(denoiser, places)
+    each = slot_bytes(config, places, itemsize)
     slots = min(wanted, cache_mib * MIB // each)
     if not slots:
         raise UserError(

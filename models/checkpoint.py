@@ -22,6 +22,7 @@ from common.errors import UserError
 from models.denoiser import Denoiser
 from models.public import ImportOptions, Plan, load_public, plan_import, public_plan
 from models.spec import SPEC_FILE, DiffusionSpec
+from models.stops import check_stop_ids, stop_ids
 from models.tokenizer import check_tokenizer, load_tokenizer
 
 # Bars of a second's work would stand between the user and the one line that an error is.
@@ -55,7 +56,7 @@ def load_checkpoint(
 
     Raises:
         UserError: no such folder, no diffusion.json, weights that do not fit config.json, or a
-            tokenizer that does not fit the model.
+            tokenizer or stop tokens that do not fit the model.
     """
     folder = Path(folder)
     check_checkpoint(folder)
@@ -81,18 +82,10 @@ def load_checkpoint(
             "they do not belong to this config.json, or were not written to the end"
         )
     tokenizer = load_tokenizer(folder)
-    check_tokenizer(tokenizer, model.config.vocab_size, spec.mask_token_id, folder)
+    size, mask = model.config.vocab_size, spec.mask_token_id
+    check_tokenizer(tokenizer, size, mask, folder)
+    check_stop_ids(stop_ids(model, tokenizer), size, mask, folder)
     return Checkpoint(Denoiser(model.to(device), spec), tokenizer, folder)
-
-
-def load_spec(folder: Path) -> DiffusionSpec:
-    """What `load_checkpoint` would say of a folder's logits, without its weights.
-
-    Raises:
-        UserError: no diffusion.json, and no public diffusion model either.
-    """
-    plan = public_plan(folder)
-    return DiffusionSpec.load(folder) if plan is None else plan.spec
 
 
 def import_checkpoint(source: Path, out: Path, options: ImportOptions) -> Plan:
@@ -163,7 +156,9 @@ def new_model(architecture: Mapping[str, object], seed: int) -> nn.Module:
         unknown = [key for key in values if not hasattr(known, key) and key != "rope_theta"]
         if unknown:
             raise UserError(f"architecture.{unknown[0]}: {model_type} has no such key; correct it")
-        config = AutoConfig.for_model(model_type, **values)
+        # A token that is not named is said to be none, else the class has a default.
+        tokens = {f"{kind}_token_id": None for kind in ("bos", "eos", "pad")}
+        config = AutoConfig.for_model(model_type, **tokens | values)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")

@@ -21,11 +21,12 @@ from common.records import Completion
 from diffusion.likelihood import EstimatorConfig
 from diffusion.sampling import draw, target_distribution
 from diffusion.unmasking import choose, mixed_confidence, ranking
-from models.cache import SlotCache, affordable_slots
+from models.cache import SlotCache, affordable_slots, needs_cache
 from models.denoiser import Denoiser
 from models.request import DecodingConfig, Request
 from models.scoring import with_behaviour_logps
 from models.slots import Slots
+from models.stops import stop_ids
 from models.windows import BlockWindow, CachedCanvasWindow, CanvasWindow, Window
 
 # Logits alive at one time (float32): bounds the memory of the last layer, 64 MiB a copy.
@@ -34,14 +35,16 @@ LOGIT_NUMBERS = 2**24
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One request after a pass: `ids` of its canvas (mask token: undecided).
+    """One request after a pass: `ids` of its canvas up to gen_length (mask token: undecided).
 
-    The first `final` of them are in finished blocks: they will not change any more.
+    The first `final` of them are in finished blocks: they will not change any more. The first
+    `text` of them stand before any stop token.
     """
 
     request: int
     ids: tuple[int, ...]
     final: int
+    text: int
 
 
 Watch = Callable[[Snapshot], None]
@@ -53,7 +56,7 @@ class Decoder:
     def __init__(self, denoiser: Denoiser, tokenizer: PreTrainedTokenizerFast) -> None:
         self.denoiser = denoiser
         self.tokenizer = tokenizer
-        self.eos_token_id = int(tokenizer.eos_token_id)
+        self.stops = stop_ids(denoiser.model, tokenizer)
         self._lock = threading.Lock()
 
     @contextmanager
@@ -91,6 +94,8 @@ class Decoder:
             raise UserError("empty prompt: a completion needs at least one prompt token")
         if estimator is None and any(request.mask_seeds for request in requests):
             raise ValueError("requests with mask_seeds need an estimator")
+        if any(r.mask_seeds and (r.decoding or config).early_exit for r in requests):
+            raise ValueError("early_exit keeps no tail, the context that mask_seeds are scored in")
         config.resolve(self.denoiser.spec)
         parts: dict[tuple[int, str], list[int]] = {}
         for number, request in enumerate(requests):
@@ -140,23 +145,26 @@ class _Run:
         self.requests, self.done = requests, done
         self.on_progress, self.watch = on_progress, watch
         spec, device = self.denoiser.spec, next(self.denoiser.parameters()).device
+        self.stops = torch.tensor(decoder.stops, device=device)
         self.own = {n: requests[n].decoding or config for n in numbers}
         self.steps = {n: own.resolve(spec)[1] for n, own in self.own.items()}
         # Like lengths side by side: fewer padded places.
         self.queue = deque(sorted(numbers, key=lambda n: (len(requests[n].prompt_ids), n)))
-        places = max(len(requests[n].prompt_ids) + self.own[n].gen_length for n in numbers)
+        prompts = {n: len(requests[n].prompt_ids) for n in numbers}
+        self.spans = {n: self.own[n].span(spec, prompts[n]) for n in numbers}
+        places = max(end for _, end in self.spans.values())
         noise = (0, 0)
         if any(own.needs_noise for own in self.own.values()):
-            noise = max(own.gen_length for own in self.own.values()), max(self.steps.values())
+            noise = max(self.spans[n][1] - prompts[n] for n in numbers), max(self.steps.values())
         first = self.own[numbers[0]]
         slots = min(config.max_rows, len(numbers))
-        cached = spec.attention != "bidirectional" or first.cache != "exact"
-        if cached:
-            slots = affordable_slots(self.denoiser, places, slots, config.cache_mib)
+        model_config: Any = self.denoiser.model.config
+        if needs_cache(spec, first):
+            itemsize = next(self.denoiser.parameters()).element_size()
+            slots = affordable_slots(model_config, places, slots, config.cache_mib, itemsize)
         self.slots = Slots.make(
             slots, places, noise, first.resolve(spec)[0], spec.mask_token_id, device
         )
-        model_config: Any = self.denoiser.model.config
         self.vocabulary = int(model_config.vocab_size)
         self.window = self._window(first, SlotCache(slots, places))
 
@@ -178,7 +186,7 @@ class _Run:
         """One step of every active row: some places of each block under work are decided."""
         slots, active = self.slots, self.slots.active
         block = slots.block()
-        masked = slots.ids[:active].gather(1, block) == slots.mask_token_id
+        masked = slots.masked(block)
         for_draw, for_order = slots.uniforms(block)
         token, sure = self._candidates(
             self.window.hidden()[masked],
@@ -223,7 +231,8 @@ class _Run:
         ids = slots.ids[:active].gather(1, block)
         if self.watch:
             self._show(finished)
-        eos = ids == self.decoder.eos_token_id
+        # A prompt may hold stop tokens too: its turns end with them.
+        eos = torch.isin(ids, self.stops) & (block >= slots.prompt[:active, None])
         last = slots.start[:active] + slots.block_size == slots.end[:active]
         over = finished & (eos.any(-1) | last)
         if any(own.early_exit for own in self.own.values()):
@@ -247,7 +256,7 @@ class _Run:
         while free and self.queue:
             slot, number = free.pop(0), self.queue.popleft()
             own, steps = self.own[number], self.steps[number]
-            self.slots.admit(slot, number, self.requests[number], own, steps)
+            self.slots.admit(slot, number, self.requests[number], own, steps, self.spans[number])
             admitted.append(slot)
         if free:
             self._close_gaps(free)
@@ -266,31 +275,39 @@ class _Run:
             self.window.move(*pair)
         self.slots.active = active
 
+    def _before_stop(self, ids: Sequence[int]) -> int:
+        """How many of `ids` stand before the first stop token."""
+        return next((n for n, token in enumerate(ids) if token in self.decoder.stops), len(ids))
+
     def _show(self, finished: Tensor) -> None:
         assert self.watch is not None
         slots = self.slots
         for slot, whole in enumerate(finished.tolist()):
-            prompt, end = int(slots.prompt[slot]), int(slots.end[slot])
+            number, prompt = int(slots.number[slot]), int(slots.prompt[slot])
+            length = self.own[number].gen_length
             final = int(slots.start[slot]) - prompt + (slots.block_size if whole else 0)
-            ids = tuple(slots.ids[slot, prompt:end].tolist())
-            self.watch(Snapshot(int(slots.number[slot]), ids, final))
+            ids = tuple(slots.ids[slot, prompt : prompt + length].tolist())
+            self.watch(Snapshot(number, ids, min(max(final, 0), length), self._before_stop(ids)))
 
     def _completion(self, slot: int) -> Completion:
-        slots, eos = self.slots, self.decoder.eos_token_id
+        slots = self.slots
         part = slice(int(slots.prompt[slot]), int(slots.start[slot]) + slots.block_size)
         ids = slots.ids[slot, part].tolist()
-        ended = eos in ids
-        length = ids.index(eos) + 1 if ended else len(ids)
+        most = self.own[int(slots.number[slot])].gen_length
+        before = self._before_stop(ids[:most])
+        ended = before < min(most, len(ids))
+        length = before + int(ended)
         # Left early, the places behind the EOS are undecided: they are no part of the result.
         stop = length if slots.mask_token_id in ids else len(ids)
         # Numbered without gaps, also where a pass decided such places only.
         steps = slots.step_map[slot, part][:stop].unique(return_inverse=True)[1]
-        text_ids = ids[: length - 1] if ended else ids
+        sees_behind = self.denoiser.spec.attention == "bidirectional"
         return Completion(
             token_ids=tuple(ids[:length]),
             tail_ids=tuple(ids[length:stop]),
-            text=str(self.decoder.tokenizer.decode(text_ids, skip_special_tokens=True)),
+            text=str(self.decoder.tokenizer.decode(ids[:before], skip_special_tokens=True)),
             finish_reason="eos" if ended else "length",
             step_map=tuple(steps.tolist()),
             confidences=tuple(slots.sure[slot, part][:stop].tolist()),
+            undecided=int(slots.end[slot]) - part.start - stop if sees_behind else 0,
         )

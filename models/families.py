@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from common.errors import UserError
+from diffusion.attention import BlockOrigin
 from models.spec import Attention
 from models.tokenizer import MASK
 
@@ -48,6 +49,7 @@ class Family:
     required: values (any of) that a key must have if it is there: the stock class has no other.
     weights: public weight name -> stock name without `.weight`, N for the layer; empty: the same.
     block_size: known of the whole family; None: config.json says it, or the user must.
+    block_origin: where its published loop counts blocks from (`models.spec`).
     mask_tokens: patterns of the mask token's text, where no config names it.
     adapted: False for an AR model, whose mask token may have to be made.
     """
@@ -62,6 +64,7 @@ class Family:
     required: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
     block_size: int | None = None
+    block_origin: BlockOrigin = "prompt"
     mask_tokens: tuple[str, ...] = ()
     adapted: bool = True
 
@@ -147,20 +150,24 @@ FAMILIES = (
     ),
     # huggingface.co/JetLM/SDAR-4B-Chat: its config.json has neither mask nor block size, which
     # fine-tuned copies do have; `<|MASK|>` is an added token (151669). Qwen3, seen through blocks.
-    # No shift: github.com/JetAstra/SDAR generate.py.
+    # No shift: github.com/JetAstra/SDAR generate.py. Its blocks are cut from the start of the
+    # sequence, and so are those of its training (modeling_sdar.py, `block_diff_mask`).
     Family(
         name="sdar", model_type="sdar", stock="qwen3", attention="block_causal",
         logit_shift=False, required=NO_WINDOW, mask_tokens=(r"<\|MASK\|>",),
+        block_origin="sequence",
     ),
     Family(
         name="llada", model_type="llada", stock="llama", attention="bidirectional",
         logit_shift=False, keys=LLADA_KEYS, required=LLADA_REQUIRED, weights=LLADA_WEIGHTS,
     ),
     # huggingface.co/ByteDance-Seed/Stable-DiffCoder-8B-{Base,Instruct}: config.json is Llama's,
-    # marked in `architectures`/`auto_map` only; block 4 (arXiv 2601.15892).
+    # marked in `architectures`/`auto_map` only; block 4 (arXiv 2601.15892). Its modeling file
+    # (`generate_block`, `_make_block_causal_mask`) cuts blocks from the start of the sequence.
     Family(
         name="stable-diffcoder", model_type="llama", stock="llama", attention="block_causal",
         logit_shift=False, mark="diffcoder", block_size=4, mask_tokens=(SEED_MASK,),
+        block_origin="sequence",
     ),
     # Plain AR checkpoints (Qwen2.5-Coder, Qwen3, Llama, Seed-Coder): where adaptation starts.
     Family(name="qwen2", model_type="qwen2", stock="qwen2", required=NO_WINDOW, **_AR),

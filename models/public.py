@@ -23,6 +23,7 @@ from models.families import (
     stock_config,
 )
 from models.spec import SPEC_FILE, DiffusionSpec
+from models.stops import check_stop_ids, public_stop_ids, set_stop_ids
 from models.tokenizer import MASK, check_tokenizer, load_tokenizer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -41,13 +42,17 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """A public folder, understood: everything but the weights. `mask_origin` is for people."""
+    """A public folder, understood: everything but the weights.
+
+    stops: tokens that end a completion. mask_origin: for people.
+    """
 
     folder: Path
     family: Family
     config: PretrainedConfig
     spec: DiffusionSpec
     tokenizer: PreTrainedTokenizerFast
+    stops: tuple[int, ...]
     grown: bool
     mask_origin: str
 
@@ -85,7 +90,7 @@ def plan_import(folder: Path, options: ImportOptions | None = None) -> Plan:
 
     Raises:
         UserError: unknown family, no mask token, a block size that contradicts the checkpoint, a
-            config or tokenizer that does not fit.
+            config, tokenizer or stop token that does not fit.
     """
     options = options or ImportOptions()
     values = read_json(folder / "config.json")
@@ -104,13 +109,16 @@ def plan_import(folder: Path, options: ImportOptions | None = None) -> Plan:
     if tokenizer.mask_token_id is None:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask)
     check_tokenizer(tokenizer, config.vocab_size, mask, folder)
+    stops = public_stop_ids(folder, values, tokenizer)
+    check_stop_ids(stops, config.vocab_size, mask, folder)
     spec = DiffusionSpec(
         mask_token_id=mask,
         logit_shift=family.logit_shift,
         attention=family.attention,
         block_size=size,
+        block_origin=family.block_origin,
     )
-    return Plan(folder, family, config, spec, tokenizer, grown, origin)
+    return Plan(folder, family, config, spec, tokenizer, stops, grown, origin)
 
 
 def _new_mask(
@@ -150,6 +158,7 @@ def load_public(plan: Plan, dtype: torch.dtype | None = None) -> nn.Module:
         # A buffer that no file holds: made again, where `to_empty` left arbitrary numbers.
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
         _fill(model, sources, plan.grown)
+        set_stop_ids(model, plan.stops)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{plan.folder}: cannot read the weights: {reason}") from error

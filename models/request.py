@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from common.errors import UserError
+from diffusion.attention import first_place
 from diffusion.unmasking import Remasking
 from models.spec import DiffusionSpec
 
@@ -15,7 +16,7 @@ from models.spec import DiffusionSpec
 class DecodingConfig:
     """How to decode.
 
-    gen_length: tokens of the canvas, a multiple of block_size.
+    gen_length: most tokens of a completion, a multiple of block_size.
     block_size: tokens per block; None takes the checkpoint's (the whole canvas if it has none).
     steps_per_block: denoising passes per block; None is one token a step.
     temperature: 0 is greedy. top_p, top_k: nucleus and top-k filters (1.0 and 0 are off).
@@ -26,7 +27,8 @@ class DecodingConfig:
         are Fast-dLLM's approximations (arXiv 2505.22618, section 3.2): a full pass at the start of
         a block, then passes over the block and all behind it (prefix) or the block alone (dual).
     early_exit: for bidirectional models: a row is done when everything up to its first EOS is
-        decided. The text is exactly the same; what would have followed the EOS is not recorded.
+        decided. The text is exactly the same; what would have followed the EOS is not recorded,
+        though it is context of the likelihood: not for training.
 
     The rest belongs to a call, not to a request:
     max_rows: most requests decoded side by side.
@@ -96,6 +98,18 @@ class DecodingConfig:
             )
         # With a threshold a block takes as many passes as it needs, each for one token or more.
         return block, block if self.threshold is not None else steps
+
+    def span(self, spec: DiffusionSpec, prompt_length: int) -> tuple[int, int]:
+        """Places [first, end) of the blocks that a request decodes: always whole ones.
+
+        With blocks counted from the sequence's start, `first` may lie before the prompt's end
+        (those tokens are given), and `end` behind prompt_length + gen_length: the last block is
+        decoded whole, as by SDAR's loop, and what it has beyond gen_length is the tail.
+        """
+        block = self.resolve(spec)[0]
+        first = first_place(prompt_length, block, spec.block_origin)
+        blocks = -(-(prompt_length + self.gen_length - first) // block)
+        return first, first + blocks * block
 
 
 @dataclass(frozen=True)

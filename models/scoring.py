@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from common.records import Completion
-from diffusion.layout import Sequence, TokenRows
+from diffusion.layout import TokenRows, decoded_sequence
 from diffusion.likelihood import EstimatorConfig, estimate_logps, forward_tokens
 from models.denoiser import Denoiser
 from models.request import Request
@@ -29,8 +29,8 @@ def with_behaviour_logps(
 ) -> list[Completion]:
     """Completions with `behaviour_logps` for every one of their requests' `mask_seeds`."""
     jobs = [
-        (number, seed, Sequence(request.prompt_ids, c.token_ids + c.tail_ids, len(c.token_ids)))
-        for number, (request, c) in enumerate(zip(requests, completions, strict=True))
+        (number, seed, decoded_sequence(request.prompt_ids, completion))
+        for number, (request, completion) in enumerate(zip(requests, completions, strict=True))
         for seed in request.mask_seeds
     ]
     found: dict[int, list[tuple[float, ...]]] = {}

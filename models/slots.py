@@ -25,9 +25,11 @@ class Slots:
 
     ids, step_map, sure: [S, P + 1] tokens (mask token: undecided), the pass that fixed each, and
         its confidence then.
-    noise: [S, 2, gen_length, steps] uniforms for the draw and for the order.
-    number: the caller's number of the request. prompt, end: places [0, prompt) and [prompt, end).
-    start: place of the block under work. step: its passes so far; clock: the request's.
+    noise: [S, 2, canvas, steps] uniforms for the draw and for the order.
+    number: the caller's number of the request. prompt, end: places [0, prompt) and [prompt, end),
+        the canvas.
+    start: place of the block under work; blocks begin at every block_size places from there, both
+        ways. It may hold prompt tokens. step: its passes so far; clock: the request's.
     clean: places [0, clean) are final in the cache (windows keep it).
     The rest: the request's settings, `threshold` NaN for none.
     """
@@ -63,7 +65,7 @@ class Slots:
         mask_token_id: int,
         device: torch.device,
     ) -> "Slots":
-        """Empty slots; `noise` is (gen_length, steps) of the largest request, (0, 0) without."""
+        """Empty slots; `noise` is (canvas, steps) of the largest request, (0, 0) without."""
 
         def whole(*shape: int) -> Tensor:
             return torch.zeros(slots, *shape, dtype=torch.int64, device=device)
@@ -83,23 +85,29 @@ class Slots:
         return self.ids.shape[1] - 1
 
     def admit(
-        self, slot: int, number: int, request: Request, config: DecodingConfig, steps: int
+        self,
+        slot: int,
+        number: int,
+        request: Request,
+        config: DecodingConfig,
+        steps: int,
+        span: tuple[int, int],
     ) -> None:
-        """Put a request into a slot, over whatever was there.
+        """Put a request into a slot, over whatever was there; `span` as `DecodingConfig.span`.
 
         All its random numbers are drawn here, from its own seed: what comes of it cannot depend
         on when it was admitted, or beside whom.
         """
         prompt = len(request.prompt_ids)
-        end = prompt + config.gen_length
+        start, end = span
         self.ids[slot, :prompt] = torch.tensor(request.prompt_ids)
         self.ids[slot, prompt:end] = self.mask_token_id
         self.ids[slot, end:] = 0
         if config.needs_noise:
-            drawn = torch.rand(2, config.gen_length, steps, generator=generator(request.seed))
-            self.noise[slot, :, : config.gen_length, :steps] = drawn
+            drawn = torch.rand(2, end - prompt, steps, generator=generator(request.seed))
+            self.noise[slot, :, : end - prompt, :steps] = drawn
         values = {
-            "number": number, "prompt": prompt, "end": end, "start": prompt,
+            "number": number, "prompt": prompt, "end": end, "start": start,
             "step": 0, "clock": 0, "clean": 0, "order": ORDERS.index(config.remasking),
             "steps": steps, "top_k": config.top_k, "temperature": config.temperature,
             "top_p": config.top_p, "order_temperature": config.order_temperature,
@@ -114,12 +122,17 @@ class Slots:
             self.block_size, device=self.start.device
         )
 
+    def masked(self, block: Tensor) -> Tensor:
+        """Which places of `block` [A, B] are to be decided: prompt tokens in it never are."""
+        ids = self.ids[: self.active].gather(1, block)
+        return (ids == self.mask_token_id) & (block >= self.prompt[: self.active, None])
+
     def uniforms(self, block: Tensor) -> Tensor:
         """The random numbers of this pass for `block` [A, B]: [2, A, B], for draw and order."""
         if not self.noise.numel():  # chance has no say in any of the requests
             return self.noise.new_zeros(2, *block.shape)
         rows = torch.arange(self.active, device=block.device)[:, None]
-        column = block - self.prompt[: self.active, None]
+        column = (block - self.prompt[: self.active, None]).clamp(min=0)  # prompt tokens: unused
         step = self.step[: self.active, None].expand_as(column)
         return torch.stack([self.noise[rows, kind, column, step] for kind in (0, 1)])
 

@@ -1,6 +1,6 @@
 """What a checkpoint's logits mean: the contents of `diffusion.json`. Not the architecture.
 
-The architecture is a stock transformers class (`config.json`); these four facts are what turns it
+The architecture is a stock transformers class (`config.json`); these five facts are what turns it
 into a denoiser, and they travel with the weights because decoding with the wrong one is silent.
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from common.errors import UserError
+from diffusion.attention import BlockOrigin
 
 Attention = Literal["causal", "bidirectional", "block_causal"]
 SPEC_FILE = "diffusion.json"
@@ -23,12 +24,16 @@ class DiffusionSpec:
     logit_shift: True if position i is predicted from the hidden state of i - 1 (Dream, DiffuCoder).
     attention: what a position may see (ALGORITHMS section 1).
     block_size: tokens per block, for `block_causal`; 1 for `causal`; None for full canvas.
+    block_origin: where the blocks of a `block_causal` model are counted from. `prompt`: its end, so
+        that every block of a completion is whole (our own stages). `sequence`: its start, so that
+        the first block also holds the prompt's last tokens (SDAR, Stable-DiffCoder).
     """
 
     mask_token_id: int
     logit_shift: bool
     attention: Attention
     block_size: int | None
+    block_origin: BlockOrigin = "prompt"
 
     def __post_init__(self) -> None:
         if type(self.mask_token_id) is not int or type(self.logit_shift) is not bool:
@@ -45,6 +50,14 @@ class DiffusionSpec:
         if self.attention in whole and self.block_size != whole[self.attention]:
             wanted = json.dumps(whole[self.attention])
             raise UserError(f"{SPEC_FILE}: attention {self.attention} needs block_size {wanted}")
+        if self.block_origin not in get_args(BlockOrigin):
+            kinds = ", ".join(get_args(BlockOrigin))
+            raise UserError(f"{SPEC_FILE}: block_origin {self.block_origin!r} is none of {kinds}")
+        if self.attention != "block_causal" and self.block_origin != "prompt":
+            raise UserError(
+                f'{SPEC_FILE}: block_origin "{self.block_origin}" is for attention block_causal; '
+                f'{self.attention} needs "prompt", or leave it out'
+            )
 
     def save(self, folder: Path) -> None:
         """Write `diffusion.json` beside `config.json`."""
@@ -62,6 +75,7 @@ class DiffusionSpec:
                 f"elsewhere in with `unmask import {folder} OUT`"
             ) from None
         except (json.JSONDecodeError, TypeError) as error:
-            raise UserError(f"{path}: {error}") from error
+            reason = str(error).removeprefix("DiffusionSpec.__init__() ")
+            raise UserError(f"{path}: {reason}") from error
         except UserError as error:
             raise UserError(f"{folder}/{error}") from error

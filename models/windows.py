@@ -39,9 +39,9 @@ class Window(Protocol):
 class BlockWindow:
     """Exact cached decoding, block by block.
 
-    The clean pass of a finished block (and of the last block of the prompt) is fused with the
-    first denoising pass of the next block: both go through the network together, once. What the
-    prompt has before its last block goes through when the request is admitted.
+    The clean pass of a finished block (and of the last whole block of the prompt) is fused with
+    the first denoising pass of the next block: both go through the network together, once. What
+    the prompt has before that block goes through when the request is admitted.
     """
 
     def __init__(self, denoiser: Denoiser, slots: Slots, cache: SlotCache) -> None:
@@ -50,7 +50,7 @@ class BlockWindow:
 
     def admit(self, rows: Sequence[int]) -> None:
         block = self.slots.block_size
-        lengths = {row: int(self.slots.prompt[row]) - block for row in rows}
+        lengths = {row: int(self.slots.start[row]) - block for row in rows}
         long = sorted((row for row in rows if lengths[row] > 0), key=lambda row: lengths[row])
         while long:
             part = long[: max(1, PREFILL_TOKENS // lengths[long[-1]])]
@@ -71,7 +71,9 @@ class BlockWindow:
             slots.clean[:active] = start
         if not self.denoiser.spec.logit_shift:
             return states[:, -block:]
-        assert self.boundary is not None  # the first pass of a block always carries clean tokens
+        if self.boundary is None:
+            # Nothing stands before any block: each begins with a prompt token, never predicted.
+            return torch.cat([states[:, :1], states[:, :-1]], dim=1)
         return torch.cat([self.boundary[:active, None], states[:, -block:-1]], dim=1)
 
     def move(self, source: Tensor, target: Tensor) -> None:
@@ -93,8 +95,8 @@ class BlockWindow:
         slots = self.slots
         active, top = slots.active, int(slots.start[: slots.active].max()) + slots.block_size
         seen = min(-(-top // KEY_STEP) * KEY_STEP, slots.places)
-        prompt, keys = slots.prompt[:active], torch.arange(seen, device=write.device)
-        allowed = self._allowed(positions, keys.expand(active, -1), prompt)
+        keys = torch.arange(seen, device=write.device)
+        allowed = self._allowed(positions, keys.expand(active, -1), slots.start[:active])
         index = torch.arange(active, device=write.device)
         self.cache.aim(slice(0, active), index, write, seen)
         ids = slots.ids[:active].gather(1, positions)
@@ -102,22 +104,22 @@ class BlockWindow:
 
     def _prefill(self, rows: Tensor, longest: int) -> None:
         slots = self.slots
-        prompt = slots.prompt[rows]
-        length = prompt - slots.block_size
+        start = slots.start[rows]
+        length = start - slots.block_size
         positions = torch.arange(longest, device=rows.device).expand(len(rows), -1)
         write = positions.where(positions < length[:, None], slots.places)
-        # Padding stands behind the prompt's last full block here, so no token of it is earlier.
-        allowed = self._allowed(positions, positions, prompt)
+        # Padding stands behind the row's last full block here, so no token of it is earlier.
+        allowed = self._allowed(positions, positions, start)
         self.cache.aim(rows, rows, write, None)
         ids = slots.ids[rows][:, :longest]
         self.denoiser.hidden(ids, positions, allowed[:, None], self.cache)
         slots.clean[rows] = length
 
-    def _allowed(self, query: Tensor, key: Tensor, prompt: Tensor) -> Tensor:
-        """A token sees its own and earlier blocks: bool [A, W, K]; `prompt` [A] is the origin."""
+    def _allowed(self, query: Tensor, key: Tensor, start: Tensor) -> Tensor:
+        """A token sees its own and earlier blocks: bool [A, W, K]; one begins at `start` [A]."""
         size = self.slots.block_size
-        query_block = block_index(query, prompt[:, None], size)
-        key_block = block_index(key, prompt[:, None], size)
+        query_block = block_index(query, start[:, None], size)
+        key_block = block_index(key, start[:, None], size)
         return key_block[:, None, :] <= query_block[:, :, None]
 
 

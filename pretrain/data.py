@@ -1,7 +1,8 @@
 """Documents and packed rows: text in, tensors out. Not their corruption (`diffusion.masking`).
 
-A document is a prompt (may be empty: plain code) and a text to learn. Blocks are counted from the
-end of the prompt, the same rule (`diffusion.attention.block_index`) that decoding uses.
+A document is a prompt (may be empty: plain code) and a text to learn. Blocks are counted by the
+same rule (`diffusion.attention.first_place`) that decoding uses: from the end of the prompt, or
+from the document's start.
 """
 
 import random
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.seeding import derive_seed
-from diffusion.attention import block_index
+from diffusion.attention import BlockOrigin, block_index, first_place
 from models.tokenizer import encode_prompt
 
 MAX_EXTRA_EOS = 3
@@ -41,8 +42,8 @@ class PackedRows:
     """Rows of packed documents, all int64 [B, L] but the bools.
 
     document: number within the row. position: counted from the document's start. block: counted
-    from the prompt's end. segment: number of the block within the row, unique over documents.
-    supervised: tokens to learn (not prompts, not pads). valid: not padding.
+    from the first that holds text to learn. segment: number of the block within the row, unique
+    over documents. supervised: tokens to learn (not prompts, not pads). valid: not padding.
     """
 
     tokens: Tensor
@@ -64,6 +65,8 @@ def encode_examples(
     block_size: int,
     row_length: int,
     seed: int,
+    canvas: int | None = None,
+    block_origin: BlockOrigin = "prompt",
 ) -> list[Document]:
     """Tokenize, and end every text with EOS tokens up to a block boundary.
 
@@ -71,17 +74,30 @@ def encode_examples(
     follows an end is an end (Stable-DiffCoder appends 1 to 4); the block is then filled with EOS,
     because decoding always works on whole blocks.
 
+    With a `canvas` a text with a prompt is filled with EOS up to that many tokens instead
+    (LLaDA's SFT): a bidirectional model sees how much room there is, and must not take it for the
+    length of the text.
+
     Raises:
-        UserError: an example longer than a row, by number.
+        UserError: an example longer than a row, or than the canvas, by number.
     """
     eos = int(tokenizer.eos_token_id)
     documents = []
     for number, example in enumerate(examples):
         prompt = encode_prompt(tokenizer, example.prompt) if example.prompt else ()
         text = tokenizer.encode(example.text, add_special_tokens=False)
-        draw = random.Random(derive_seed(seed, "eos", number))
-        ends = 1 + (draw.randint(0, MAX_EXTRA_EOS) if prompt else 0)
-        ends += -(len(text) + ends) % block_size
+        if prompt and canvas is not None:
+            ends = canvas - len(text)
+            if ends < 1:
+                raise UserError(
+                    f"example {number} has {len(text)} tokens and an end to learn, but canvas is "
+                    f"{canvas}; raise stages.canvas or drop the example"
+                )
+        else:
+            draw = random.Random(derive_seed(seed, "eos", number))
+            ends = 1 + (draw.randint(0, MAX_EXTRA_EOS) if prompt else 0)
+            first = first_place(len(prompt), block_size, block_origin)
+            ends += -(len(prompt) - first + len(text) + ends) % block_size
         ids = (*prompt, *text, *[eos] * ends)
         if len(ids) > row_length:
             raise UserError(
@@ -111,7 +127,12 @@ def pack(documents: Sequence[Document], row_length: int) -> list[list[Document]]
     return rows
 
 
-def to_tensors(rows: Sequence[Sequence[Document]], row_length: int, block_size: int) -> PackedRows:
+def to_tensors(
+    rows: Sequence[Sequence[Document]],
+    row_length: int,
+    block_size: int,
+    block_origin: BlockOrigin = "prompt",
+) -> PackedRows:
     """Lay packed documents out as tensors, padded with zeros on the right."""
     shape = (len(rows), row_length)
     fields = {
@@ -124,7 +145,8 @@ def to_tensors(rows: Sequence[Sequence[Document]], row_length: int, block_size: 
         for index, document in enumerate(documents):
             span = slice(start, start + len(document.ids))
             position = torch.arange(len(document.ids))
-            block = block_index(position, document.prompt_length, block_size)
+            first = first_place(document.prompt_length, block_size, block_origin)
+            block = block_index(position, first, block_size)
             fields["tokens"][number, span] = torch.tensor(document.ids)
             fields["document"][number, span] = index
             fields["position"][number, span] = position
@@ -142,26 +164,32 @@ class RowStream:
     """Batches of packed rows, epoch after epoch: a pure function of (seed, step)."""
 
     def __init__(
-        self, documents: Sequence[Document], row_length: int, block_size: int, batch: int, seed: int
+        self,
+        documents: Sequence[Document],
+        row_length: int,
+        block_size: int,
+        batch: int,
+        seed: int,
+        block_origin: BlockOrigin = "prompt",
     ) -> None:
         """Raises UserError if there is nothing to learn from."""
         if not documents:
             raise UserError("the training data is empty; check stages.data and stages.count")
         self._documents = documents
-        self._shape = (row_length, block_size)
+        self._row_length = row_length
+        self._blocks = (block_size, block_origin)
         self._batch = batch
         self._seed = seed
 
     def batches(self, steps: int) -> Iterator[PackedRows]:
         """`steps` batches of `batch` rows. Documents are reshuffled and repacked every epoch."""
-        row_length, block_size = self._shape
         pending: list[list[Document]] = []
         epoch = 0
         for _ in range(steps):
             while len(pending) < self._batch:
                 shuffled = list(self._documents)
                 random.Random(derive_seed(self._seed, "epoch", epoch)).shuffle(shuffled)
-                pending += pack(shuffled, row_length)
+                pending += pack(shuffled, self._row_length)
                 epoch += 1
-            yield to_tensors(pending[: self._batch], row_length, block_size)
+            yield to_tensors(pending[: self._batch], self._row_length, *self._blocks)
             pending = pending[self._batch :]

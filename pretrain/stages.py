@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from common.config import Section
 from common.seeding import derive_seed
+from diffusion.attention import BlockOrigin
 from diffusion.masking import generator
 from diffusion.objective import (
     Noise,
@@ -51,7 +52,11 @@ class StageSection(Section):
     data: `embedded:pretrain`, `embedded:sft`, or a JSONL/Parquet file with the column `text`, or
         `prompt` and `completion`: then only completions are hidden and learned.
     count: examples taken from an embedded split. row_length: tokens of a packed row.
+    block_origin: for `block`: what prompted examples count blocks from (`models.spec`): `prompt`,
+        or `sequence` to go on as SDAR and Stable-DiffCoder were trained.
     rows_per_step: rows of the global batch. rows_per_micro_batch: rows in one forward pass.
+    canvas: of a `bidirectional` stage with prompts: completions are filled with EOS up to so many
+        tokens, the gen_length that the model will be decoded with.
     """
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
@@ -63,6 +68,8 @@ class StageSection(Section):
     rows_per_micro_batch: int = Field(ge=1)
     row_length: int = Field(ge=8)
     block_size: int = Field(default=4, ge=1)
+    canvas: int | None = Field(default=None, ge=1)
+    block_origin: BlockOrigin = "prompt"
     logit_shift: bool = False
     packing: Packing = "per_document"
     warmup: WarmupSection = WarmupSection()
@@ -74,6 +81,14 @@ class StageSection(Section):
             raise ValueError("rows_per_step must be a multiple of rows_per_micro_batch")
         if self.row_length % self.block_size:
             raise ValueError("row_length must be a multiple of block_size")
+        if self.canvas is not None and self.objective != "bidirectional":
+            raise ValueError(
+                f"canvas is for objective bidirectional; {self.objective} sees nothing behind"
+            )
+        if self.block_origin != "prompt" and self.objective != "block":
+            raise ValueError(
+                f"block_origin {self.block_origin} is for objective block; leave it out"
+            )
         return self
 
     def spec(self, mask_token_id: int) -> DiffusionSpec:
@@ -82,7 +97,11 @@ class StageSection(Section):
         block = {"causal": 1, "block_causal": self.block_size, "bidirectional": None}[attention]
         shift = self.objective == "ar" or self.logit_shift
         return DiffusionSpec(
-            mask_token_id=mask_token_id, logit_shift=shift, attention=attention, block_size=block
+            mask_token_id=mask_token_id,
+            logit_shift=shift,
+            attention=attention,
+            block_size=block,
+            block_origin=self.block_origin,
         )
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -35,12 +35,34 @@ from pretrain.data import Example, RowStream, encode_examples
 from pretrain.sources import load_examples
 from pretrain.stages import StageResult, StageSection, run_stage
 
-STAGE_FILE = "stage.json"
+_STAGE_FILE = "stage.json"
 
 
 def stage_folder(run_folder: Path, stage: str) -> Path:
     """Where a finished stage's checkpoint lies."""
     return run_folder / "stages" / stage
+
+
+def stage_record(folder: Path) -> dict[str, Any]:
+    """`fingerprint`, `seconds` and the rest of what a finished stage's folder tells; else {}.
+
+    Raises:
+        UserError: a damaged record.
+    """
+    path = folder / _STAGE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+        return {
+            **record,
+            "fingerprint": str(record["fingerprint"]),
+            "seconds": float(record["seconds"]),
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: damaged ({error}); remove {folder} to train the stage again"
+        ) from error
 
 
 class Pretraining:
@@ -77,7 +99,8 @@ class Pretraining:
         engine: Engine | None = None
         for stage, stream, mark in zip(self.config.stages, self._streams, self._marks, strict=True):
             folder = stage_folder(self.config.run.folder, stage.name)
-            if self.config.resume == "auto" and _finished(folder, mark):
+            made = stage_record(folder).get("fingerprint") if self.config.resume == "auto" else None
+            if made == mark:
                 progress.say(f"stage {stage.name}: finished before, reused ({folder})")
             else:
                 model = _start_model(self.config, previous, self._tokenizer)
@@ -137,7 +160,7 @@ class _StageJob:
         shutil.rmtree(partial, ignore_errors=True)
         save_checkpoint(partial, self.model, self.tokenizer, self.spec, state)
         record = {"stage": self.stage.name, "fingerprint": self.fingerprint, **asdict(result)}
-        (partial / STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        (partial / _STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n")
         shutil.rmtree(self.folder, ignore_errors=True)
         partial.rename(self.folder)
 
@@ -179,12 +202,21 @@ def _stream(
     stage: StageSection, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> RowStream:
     block_size = stage.block_size if stage.objective == "block" else 1
+    origin = stage.block_origin
     try:
-        documents = encode_examples(examples, tokenizer, block_size, stage.row_length, seed)
+        documents = encode_examples(
+            examples,
+            tokenizer,
+            block_size,
+            stage.row_length,
+            seed,
+            canvas=stage.canvas,
+            block_origin=origin,
+        )
     except UserError as error:
         raise UserError(f"stages.{stage.name} ({stage.data}): {error}") from error
     rows = (stage.row_length, block_size, stage.rows_per_step)
-    return RowStream(documents, *rows, derive_seed(seed, "rows", stage.name))
+    return RowStream(documents, *rows, derive_seed(seed, "rows", stage.name), origin)
 
 
 def _start_model(
@@ -219,16 +251,6 @@ def _fingerprint(config: PretrainConfig, number: int, examples: dict[str, list[E
     named = [kept, values["run"]["seed"], values["stages"][: number + 1], data]
     text = json.dumps(named, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _finished(folder: Path, fingerprint: str) -> bool:
-    record = folder / STAGE_FILE
-    try:
-        return record.is_file() and json.loads(record.read_text())["fingerprint"] == fingerprint
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{record}: damaged ({error}); remove {folder} to train the stage again"
-        ) from error
 
 
 def main(

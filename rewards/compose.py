@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -153,12 +152,7 @@ class Rewarder:
     def __enter__(self) -> "Rewarder":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -239,17 +233,18 @@ class Rewarder:
     def _run(
         self, sandbox: Sandbox, samples: list[Sample]
     ) -> tuple[list[Sample], dict[str, float]]:
-        cases: dict[object, Case] = {}
-        keys = [self._key(sample) for sample in samples]
-        for number, (key, sample) in enumerate(zip(keys, samples, strict=True)):
-            if key is not None and key not in cases:
-                cases[key] = self._case(str(number), sample)
-        results = dict(zip(cases, sandbox.run(cases.values()), strict=True))
+        asked = [self._case(sample) for sample in samples]
+        distinct: dict[Case, Case] = {}
+        for number, case in enumerate(asked):
+            if case is not None and case not in distinct:
+                # An id of its own: it also draws the order in which a weak test's controls run.
+                distinct[case] = dataclasses.replace(case, id=str(number))
+        results = dict(zip(distinct, sandbox.run(distinct.values()), strict=True))
         run = [
-            sample if key is None else dataclasses.replace(sample, result=results[key])
-            for key, sample in zip(keys, samples, strict=True)
+            sample if case is None else dataclasses.replace(sample, result=results[case])
+            for case, sample in zip(asked, samples, strict=True)
         ]
-        return run, _sandbox_sums(list(results.values()), keys)
+        return run, _sandbox_sums(list(results.values()), sum(case is not None for case in asked))
 
     def _ask(self, samples: Sequence[Sample]) -> list[tuple[list[Outcome], float]]:
         """Every reward's outcomes and seconds, in the order of the rewards.
@@ -267,21 +262,13 @@ class Rewarder:
         finally:
             threads.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for a plug-in
 
-    def _key(self, sample: Sample) -> object:
-        """What decides the sandbox's answer; None if the program is not to be run."""
+    def _case(self, sample: Sample) -> Case | None:
+        """What decides the sandbox's answer, still without an id; None if it is not to be run."""
         if sample.code is None or (self._config.code_needs_format and not sample.parses):
             return None
-        problem = sample.problem
-        return (
-            sample.code, problem.tests, problem.stdin_tests, problem.setup, problem.entry_point,
-            problem.language, problem.float_tolerance,
-        )  # fmt: skip
-
-    def _case(self, case_id: str, sample: Sample) -> Case:
         options, problem = self._config.sandbox, sample.problem
-        assert sample.code is not None
         return Case(
-            id=case_id,
+            id="",
             code=sample.code,
             tests=problem.tests,
             stdin_tests=tuple(StdinTest(t.stdin, t.stdout) for t in problem.stdin_tests),
@@ -339,9 +326,9 @@ def _make(section: RewardSection) -> Builtin | Plugin:
     return made
 
 
-def _sandbox_sums(results: Sequence[Result], keys: Sequence[object]) -> dict[str, float]:
+def _sandbox_sums(results: Sequence[Result], run: int) -> dict[str, float]:
+    """`run`: samples that were judged, of which those of equal programs share a result."""
     tests = [test for result in results for test in result.tests]
-    run = sum(key is not None for key in keys)
     return {
         "sandbox/programs": float(len(results)),
         "sandbox/shared": float(run - len(results)),

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from common.records import Completion, Group, Rollout, Score
 from common.seeding import derive_seed
 from diffusion.arness import global_ar_ness, local_ar_ness
-from diffusion.layout import Sequence
+from diffusion.layout import Sequence, decoded_sequence
 from rl.advantage import Advantages, Baseline, group_advantages
+from rl.estimates import distinct_shares
 
 AR_NESS_K = (1, 2, 4, 8)
 
@@ -56,18 +57,8 @@ class Batch:
 
 
 def sequence_of(rollout: Rollout) -> Sequence:
-    """Prompt, the whole decoded completion, and supervision through the first EOS only.
-
-    What stands behind the EOS was decoded in the same block and is context; supervising it would
-    let pads dominate the loss (defect 9 of ALGORITHMS section 4).
-    """
-    completion = rollout.completion
-    return Sequence(
-        prompt_ids=rollout.prompt_ids,
-        completion_ids=completion.token_ids + completion.tail_ids,
-        supervised=len(completion.token_ids),
-        step_map=completion.step_map or None,
-    )
+    """What is scored of a rollout, and in which context."""
+    return decoded_sequence(rollout.prompt_ids, rollout.completion)
 
 
 def make_batch(groups: List[Group], kind: Baseline, scale_by_std: bool) -> Batch:
@@ -185,6 +176,8 @@ def rollout_metrics(groups: List[Group]) -> dict[str, float]:
         metrics |= {"rewards/failed_share": failed} | _reward_metrics(scores)
     if rollouts:
         metrics |= _completion_metrics([rollout.completion for rollout in rollouts])
+        shares = distinct_shares(groups).values()
+        metrics["completions/distinct_ratio"] = statistics.fmean(shares)
     verdicts = [verdict for score in scores for verdict in score.verdicts]
     for name in sorted(set(verdicts)):
         metrics[f"sandbox/{name}"] = verdicts.count(name) / len(verdicts)

@@ -1,8 +1,8 @@
-"""What `unmask evaluate`, `generate`, `import` and `problems export` do; options: `rl.cli`."""
+"""What `unmask evaluate`, `analyze`, `generate`, `import`, `problems export` do; see `rl.cli`."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -14,15 +14,25 @@ from common.records import Problem
 from common.seeding import derive_seed
 from models.checkpoint import import_checkpoint, load_checkpoint, load_tokenizer
 from models.decoding import Decoder
+from models.outline import load_outline
 from models.public import ImportOptions
 from models.request import DecodingConfig, Request
 from models.tokenizer import encode_prompt
+from rl.analysis_page import (
+    HTML_FILE,
+    JSON_FILE,
+    effect_lines,
+    speed_table,
+    temperature_table,
+    write_analysis,
+)
+from rl.analyze import AnalysisPlan, analyze_checkpoint, outline_to_analyze
 from rl.config import load_train_config
-from rl.data import EMBEDDED, load_problems
+from rl.data import EMBEDDED, load_problems, take_problems
 from rl.evaluate import evaluate_checkpoint
+from rl.page import percent
 from rl.problems.export import export_split
 from rl.problems.splits import SplitName
-from rl.report import percent
 from rl.results import prompt_text, summarise, write_result
 from rl.screen import Screen
 
@@ -35,7 +45,21 @@ class GenerateOptions:
     temperature: float
     samples: int
     seed: int
+    cache_mib: int
     show_steps: bool
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions:
+    """What `unmask analyze` measures and where it writes; `temperatures` as they were typed."""
+
+    data: str | None
+    problems: int
+    temperatures: str
+    ks: Sequence[int]
+    samples: int
+    seed: int
+    out: Path
 
 
 def evaluate_model(
@@ -51,12 +75,8 @@ def evaluate_model(
     """Evaluate a checkpoint, print its line and, with `run`, keep it for that run's report."""
     settings = load_train_config(config, [*overrides, f"model.path={model}"])
     data = settings.data
-    if data.test.startswith(EMBEDDED):
-        problems = load_problems(data.test, seed=data.seed, count=data.test_count)
-    else:
-        problems = load_problems(data.test, limit=data.test_count)
-    # The checkpoint's own block size: the config may be for another stage.
-    decoding = replace(settings.rollout.decoding, block_size=None, steps_per_block=None)
+    problems = take_problems(data.test, data.test_count, data.seed)
+    decoding = settings.rollout.decoding
     began = time.monotonic()
     with open_progress() as progress:
         progress.stage("evaluate", len(problems) * (1 + samples))
@@ -95,16 +115,74 @@ def evaluate_model(
         print(f"kept in {write_result(run, result)}; `unmask report {run}` shows it")
 
 
+def analyze_model(
+    model: Path, config: Path, overrides: Sequence[str], options: AnalyzeOptions
+) -> None:
+    """Analyze a checkpoint, print its tables and write `analysis.json` and `.html` into `out`."""
+    settings = load_train_config(config, [*overrides, f"model.path={model}"])
+    plan = AnalysisPlan(
+        temperatures=_temperatures(options.temperatures),
+        samples=options.samples,
+        ks=tuple(sorted(set(options.ks))) or tuple(range(1, min(options.samples, 10) + 1)),
+        seed=options.seed,
+        decoding=settings.rollout.decoding,
+    )
+    outline_to_analyze(model, plan)
+    out = options.out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    source = options.data or settings.data.test
+    problems = take_problems(source, options.problems, settings.data.seed)
+    with open_progress() as progress:
+        found = analyze_checkpoint(
+            model,
+            problems,
+            plan,
+            settings.scoring,
+            progress,
+            data=source,
+            prompt_limit=settings.data.prompt_limit,
+        )
+    write_analysis(out, found)
+    console = Console()
+    console.print(temperature_table(found))
+    console.print(speed_table(found))
+    for line in effect_lines(found):
+        console.print(line, highlight=False)
+    if found.dropped:
+        console.print(f"{found.dropped} completions could not be judged and are left out")
+    console.print(
+        f"analysis: {out / HTML_FILE}, {out / JSON_FILE}", highlight=False, soft_wrap=True
+    )
+
+
+def _temperatures(text: str) -> tuple[float, ...]:
+    """Numbers between commas, smallest first, each once."""
+    try:
+        return tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
+    except ValueError:
+        raise UserError(
+            f"--temperatures {text!r}: must be numbers between commas, for example 0.2,0.6,1.2"
+        ) from None
+
+
 def generate_text(
     model: Path, prompt: str | None, problem: int | None, options: GenerateOptions
 ) -> None:
     """Print completions of a prompt as their blocks finish."""
     task = _task(prompt, problem)
-    loaded = load_checkpoint(model)
-    prompt_ids = encode_prompt(loaded.tokenizer, task.prompt)
-    block = loaded.denoiser.spec.block_size or 1
+    outline = load_outline(model)
+    prompt_ids = encode_prompt(outline.tokenizer, task.prompt)
+    block = outline.spec.block_size or 1
     length = -(-options.gen_length // block) * block
-    config = DecodingConfig(gen_length=length, temperature=options.temperature)
+    if length != options.gen_length:
+        said = f"--gen-length {options.gen_length} rounded up to {length}: blocks of {block}"
+        Console(stderr=True).print(said, highlight=False)
+    config = DecodingConfig(
+        gen_length=length, temperature=options.temperature, cache_mib=options.cache_mib
+    )
+    outline.check_decoding(config, [prompt_ids])
+    loaded = load_checkpoint(model)
     requests = [
         Request(prompt_ids, derive_seed(options.seed, task.problem_id, index))
         for index in range(options.samples)
@@ -125,10 +203,15 @@ def import_folder(
     options = ImportOptions(family=family, block_size=block_size, mask_token=mask_token)
     plan = import_checkpoint(source, out, options)
     spec = plan.spec
-    blocks = f", block_size {spec.block_size}" if spec.attention == "block_causal" else ""
+    blocks = ""
+    if spec.attention == "block_causal":
+        blocks = f", block_size {spec.block_size} from the {spec.block_origin}'s "
+        blocks += "end" if spec.block_origin == "prompt" else "start"
     print(f"{out}: {plan.family.name}, stock {plan.family.stock}, {spec.attention}{blocks}")
     print(f"logit shift {'yes' if spec.logit_shift else 'no'}; mask token "
           f"{plan.tokenizer.mask_token} ({spec.mask_token_id}), {plan.mask_origin}")  # fmt: skip
+    stops = plan.tokenizer.convert_ids_to_tokens(list(plan.stops))
+    print(f"ends at {', '.join(str(token) for token in stops)}")
     if not plan.family.adapted:
         print(f"an AR model, to be adapted: unmask pretrain start={out}")
 

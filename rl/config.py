@@ -46,9 +46,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Sources of problems (`rl.data.load_problems`): embedded splits, files, or Hub names.
 
-    train_count, test_count: take the first so many; None takes all there are (the embedded
-    splits need a number). prompt_limit: longest prompt in tokens; a longer one is an error.
-    seed: of embedded splits and of the order.
+    train_count, test_count: take the first so many; None takes all there are, of an embedded split
+    as many as `rl.data.EMBEDDED_COUNTS` says. prompt_limit: longest prompt in tokens; a longer one
+    is an error. seed: of embedded splits and of the order.
     """
 
     train: str

@@ -23,6 +23,7 @@ from common.seeding import derive_seed
 from rewards.languages import language_named
 from rl.problems.splits import SPLITS, SplitName, build_problems
 from sandbox.languages import LANGUAGES
+from sandbox.records import is_tolerance
 
 EMBEDDED = "embedded:"
 EMBEDDED_COUNTS: dict[SplitName, int] = {"pretrain": 4000, "sft": 2000, "rl": 768, "test": 320}
@@ -81,6 +82,19 @@ def load_problems(
     if not problems:
         raise UserError(f"{source}: no problems in it")
     return problems
+
+
+def take_problems(source: str, count: int | None, seed: int) -> list[Problem]:
+    """`count` problems of `source`: drawn by `seed` if it is embedded, else the first.
+
+    count None: as many as the source gives.
+
+    Raises:
+        UserError: see `load_problems`.
+    """
+    if source.startswith(EMBEDDED):
+        return load_problems(source, seed=seed, count=count)
+    return load_problems(source, limit=count)
 
 
 def _embedded(source: str, seed: int, count: int | None, limit: int | None) -> list[Problem]:
@@ -216,7 +230,7 @@ def _tolerance(where: str, row: Mapping[str, Any], asserts: Sequence[str]) -> fl
     value = row.get("float_tolerance")
     if value is None:
         return None
-    if type(value) not in (int, float) or not 0 < value < 1:
+    if not is_tolerance(value):
         raise UserError(
             f"{where}: column 'float_tolerance' must be a number above 0 and below 1, it is "
             f"{_kind(value)}"

@@ -30,10 +30,10 @@ from common.progress import Progress, open_progress
 from common.records import Problem
 from models.checkpoint import load_tokenizer
 from pretrain.config import PretrainConfig
-from pretrain.train import STAGE_FILE, Pretraining, stage_folder
+from pretrain.train import Pretraining, stage_folder, stage_record
 from rewards.compose import RewardConfig
-from rl.config import TrainConfig, load_train_config
-from rl.data import EMBEDDED, load_problems
+from rl.config import load_train_config
+from rl.data import take_problems
 from rl.evaluate import evaluate_checkpoint
 from rl.problems.compose import document_head
 from rl.report import PIPELINE_FILE, stage_table, write_report
@@ -97,7 +97,9 @@ class Demo:
         own = [*common, "run.resume=auto", f"model.path={self.last_stage}"]
         rl_file = Path(config.rl.config)
         self.training = load_train_config(rl_file, [*config.rl.overrides, *own])
-        self.problems = _problems(config.evaluate, self.training)
+        self.problems = take_problems(
+            config.evaluate.source, config.evaluate.count, self.training.data.seed
+        )
         self.notes: dict[str, Any] = {}
         self._worked = 0.0  # seconds of this process in phases that were not reused
 
@@ -247,7 +249,7 @@ class Demo:
         return _digest(kept, self.seed, _mark(self.last_stage))
 
     def _stage_seconds(self, stage: str) -> float:
-        return float(_read_json(stage_folder(self.folder, stage) / STAGE_FILE)["seconds"])
+        return stage_record(stage_folder(self.folder, stage))["seconds"]
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -282,15 +284,8 @@ class Demo:
         os.replace(partial, path)
 
 
-def _problems(evaluate: EvaluateConfig, training: TrainConfig) -> list[Problem]:
-    if evaluate.source.startswith(EMBEDDED):
-        seed = training.data.seed
-        return load_problems(evaluate.source, seed=seed, count=evaluate.count)
-    return load_problems(evaluate.source, limit=evaluate.count)
-
-
 def _mark(checkpoint: Path) -> str:
-    return str(_read_json(checkpoint / STAGE_FILE).get("fingerprint", ""))
+    return str(stage_record(checkpoint).get("fingerprint", ""))
 
 
 def _digest(*values: Any) -> str:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -151,18 +151,11 @@ def check_sandbox_parts(found: "Capabilities") -> list[Line]:
         f"seccomp {'yes' if found.seccomp else 'no'}",
         "as root" if found.as_root else "as an ordinary user",
     ]
-    groups = availability()
-    return [
-        Line("sandbox ladder", ", ".join(ladder + parts)),
-        Line(
-            "sandbox control groups",
-            groups,
-            "note" if groups.startswith("none") else "ok",
-            "memory of all processes is then looked at ten times a second"
-            if groups.startswith("none")
-            else "",
-        ),
-    ]
+    groups = Line("sandbox control groups", availability())
+    if groups.found.startswith("none"):
+        remedy = "memory of all processes is then looked at ten times a second"
+        groups = replace(groups, state="note", remedy=remedy)
+    return [Line("sandbox ladder", ", ".join(ladder + parts)), groups]
 
 
 def check_languages() -> list[Line]:

@@ -3,7 +3,7 @@
 Not the evaluating itself (`rl.evaluate`) and not what shows it (`rl.report`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,17 +51,16 @@ def pass_at_1(groups: Sequence[Group], seed: int = 0) -> Estimate:
     return bootstrap(list(pass_rates(groups).values()), seed)
 
 
-def paired_difference(before: Sequence[Group], after: Sequence[Group], seed: int = 0) -> Estimate:
-    """pass@1 after minus before on the problems both have; resampled as pairs.
+def difference(before: Mapping[str, float], after: Mapping[str, float], seed: int = 0) -> Estimate:
+    """After minus before where both know the problem; resampled as pairs.
 
     Raises:
         ValueError: no problem in common.
     """
-    old, new = pass_rates(before), pass_rates(after)
-    common = [problem_id for problem_id in old if problem_id in new]
+    common = [problem_id for problem_id in before if problem_id in after]
     if not common:
         raise ValueError("the two evaluations have no problem in common")
-    return bootstrap([new[problem_id] - old[problem_id] for problem_id in common], seed)
+    return bootstrap([after[problem_id] - before[problem_id] for problem_id in common], seed)
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
@@ -88,12 +87,28 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def mean_pass_at_k(groups: Sequence[Group], k: int) -> float:
     """Mean unbiased pass@k over the problems with at least k judged samples; nan if none has."""
-    values = []
+    values = list(passes_at_k(groups, k).values())
+    return float(np.mean(values)) if values else float("nan")
+
+
+def passes_at_k(groups: Sequence[Group], k: int) -> dict[str, float]:
+    """Unbiased pass@k per problem id, of the problems with at least k judged samples."""
+    values = {}
     for group in groups:
         judged = [passed(rollout) for rollout in group.rollouts if not dropped(rollout)]
         if len(judged) >= k:
-            values.append(pass_at_k(len(judged), sum(judged), k))
-    return float(np.mean(values)) if values else float("nan")
+            values[group.problem.problem_id] = pass_at_k(len(judged), sum(judged), k)
+    return values
+
+
+def distinct_shares(groups: Sequence[Group]) -> dict[str, float]:
+    """Different texts over completions, per problem id: 1 / n if all n agree, 1 if none do."""
+    return {
+        group.problem.problem_id: len({r.completion.text for r in group.rollouts})
+        / len(group.rollouts)
+        for group in groups
+        if group.rollouts
+    }
 
 
 def evaluation_metrics(groups: Sequence[Group], prefix: str = "eval/") -> dict[str, float]:

@@ -14,6 +14,7 @@ from common.records import Group, Problem, Rollout
 from common.seeding import derive_seed
 from models.checkpoint import load_checkpoint
 from models.decoding import Decoder, DecodingConfig, Request
+from models.outline import Outline, load_outline
 from models.tokenizer import encode_prompt
 from rewards.compose import RewardConfig, Rewarder
 from rl.batch import rollout_metrics
@@ -42,6 +43,19 @@ def greedy(decoding: DecodingConfig) -> DecodingConfig:
     return replace(decoding, temperature=0.0, top_p=1.0, top_k=0)
 
 
+def check_decoding(
+    outline: Outline,
+    decoding: DecodingConfig,
+    prompts: Sequence[tuple[int, ...]],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """UserError that names a key of `rollout.decoding` if `prompts` cannot be decoded so."""
+    try:
+        outline.check_decoding(decoding, prompts, dtype)
+    except UserError as error:
+        raise UserError(f"rollout.{error}") from error
+
+
 def evaluate_checkpoint(
     folder: Path,
     problems: Sequence[Problem],
@@ -65,14 +79,17 @@ def evaluate_checkpoint(
         on_progress: told (completions done, completions in all).
 
     Raises:
-        UserError: a bad checkpoint, an over-long prompt, or k > samples.
+        UserError: a bad checkpoint, an over-long prompt, decoding that does not fit the two, or
+            k > samples.
     """
     if any(k > samples for k in ks):
         raise UserError(f"pass@{max(ks)} needs at least {max(ks)} samples, got samples={samples}")
-    loaded = load_checkpoint(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    prompts = [encode_prompt(loaded.tokenizer, problem.prompt) for problem in problems]
+    outline = load_outline(folder)
+    prompts = [encode_prompt(outline.tokenizer, problem.prompt) for problem in problems]
     if prompt_limit is not None:
         check_prompt_lengths(problems, [len(ids) for ids in prompts], prompt_limit)
+    check_decoding(outline, decoding, prompts)
+    loaded = load_checkpoint(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     decoder = Decoder(loaded.denoiser, loaded.tokenizer)
     done, total = 0, len(problems) * (1 + samples)
 
@@ -82,12 +99,11 @@ def evaluate_checkpoint(
         if on_progress is not None:
             on_progress(done, total)
 
-    def groups(config: DecodingConfig, size: int) -> list[Group]:
-        return decode_groups(decoder, problems, prompts, config, size, seed, advance)
-
+    settings = [Setting(greedy(decoding), 1), Setting(decoding, samples)]
     with Rewarder(reward) as rewarder:
-        certain = rewarder.score(groups(greedy(decoding), 1)).groups
-        sampled = rewarder.score(groups(decoding, samples)).groups if samples else []
+        once, often = decode_groups(decoder, problems, prompts, settings, seed, advance)
+        certain = rewarder.score(once).groups
+        sampled = rewarder.score(often).groups if samples else []
     both = [rollout for group in certain + sampled for rollout in group.rollouts]
     return Evaluation(
         greedy=pass_at_1(certain, seed),
@@ -100,37 +116,51 @@ def evaluate_checkpoint(
     )
 
 
+@dataclass(frozen=True)
+class Setting:
+    """`samples` completions of every problem, decoded in this way."""
+
+    decoding: DecodingConfig
+    samples: int
+
+
 def decode_groups(
     decoder: Decoder,
     problems: Sequence[Problem],
     prompts: Sequence[tuple[int, ...]],
-    decoding: DecodingConfig,
-    group_size: int,
+    settings: Sequence[Setting],
     seed: int,
     on_progress: Callable[[int], None] | None = None,
-) -> list[Group]:
-    """Unscored groups; seeds by the same names as a rollout worker's, so results are the same."""
+) -> list[list[Group]]:
+    """Unscored groups of every setting, decoded side by side in one call.
+
+    Seeds by the same names as a rollout worker's, so results are the same; and the same in every
+    setting, so that settings differ by what they say alone.
+    """
     requests = [
-        Request(ids, derive_seed(seed, problem.problem_id, index))
+        Request(ids, derive_seed(seed, problem.problem_id, index), setting.decoding)
+        for setting in settings
         for problem, ids in zip(problems, prompts, strict=True)
-        for index in range(group_size)
+        for index in range(setting.samples)
     ]
-    completions = iter(decoder.decode(requests, decoding, on_progress))
-    order = iter(requests)
-    return [
-        Group(
-            problem,
-            tuple(
-                Rollout(
-                    problem_id=problem.problem_id,
-                    sample_index=index,
-                    prompt_ids=ids,
-                    completion=next(completions),
-                    policy_version=0,
-                    seed=next(order).seed,
-                )
-                for index in range(group_size)
-            ),
+    completions = decoder.decode(requests, settings[0].decoding, on_progress)
+    made = iter(zip(requests, completions, strict=True))
+
+    def rollout(problem: Problem, index: int) -> Rollout:
+        request, completion = next(made)
+        return Rollout(
+            problem_id=problem.problem_id,
+            sample_index=index,
+            prompt_ids=request.prompt_ids,
+            completion=completion,
+            policy_version=0,
+            seed=request.seed,
         )
-        for problem, ids in zip(problems, prompts, strict=True)
+
+    return [
+        [
+            Group(problem, tuple(rollout(problem, index) for index in range(setting.samples)))
+            for problem in problems
+        ]
+        for setting in settings
     ]

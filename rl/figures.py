@@ -1,26 +1,15 @@
 """Which curves the report shows, and what to read from each. How they are drawn is `rl.plots`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from common.metrics import series
-from rl.plots import COLOURS, Line, Plot, curves, stacked
+from rl.page import FigureBlock
+from rl.plots import COLOURS, Line, curves, stacked
 from sandbox.records import VERDICTS
 
 Records = Sequence[Mapping[str, Any]]
 PHASES = ("wait_rollouts", "update", "sync", "save", "evaluate")
-
-
-@dataclass(frozen=True)
-class FigureBlock:
-    """One figure of the page: `plot` is None if its numbers were not logged (yet)."""
-
-    section: str
-    title: str
-    words: str
-    plot: Plot | None
-    wide: bool = False
 
 
 def figures(records: Records) -> list[FigureBlock]:

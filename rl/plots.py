@@ -1,7 +1,7 @@
-"""The report's curves: matplotlib figures as inline SVG whose colours are the page's CSS variables.
+"""Curves for our pages: matplotlib figures as inline SVG, coloured by the page's CSS variables.
 
-So one figure is right on a light and on a dark page. Not the page: `rl.report` places the figures.
-Figures are made without pyplot: no global state, no display, safe in a thread.
+So one figure is right on a light and on a dark page. Not the page (`rl.page`, `rl.report`). Figures
+are made without pyplot: no global state, no display, safe in a thread.
 """
 
 import html
@@ -16,15 +16,20 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-Series = Mapping[int, float]
-Band = Mapping[int, tuple[float, float]]
+# By step, or by another number: temperature, distance.
+Series = Mapping[Any, float]
+Band = Mapping[Any, tuple[float, float]]
 
 # Stand-ins that survive matplotlib; each becomes a CSS variable of the page.
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 COLOURS = ("#0a0101", "#0a0202", "#0a0303", "#0a0404", "#0a0505", "#0a0606", "#0a0707", "#0a0808")
-_VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"} | {
-    colour: f"var(--s{number})" for number, colour in enumerate(COLOURS, start=1)
-}
+# For curves that are themselves in an order: from cold to hot.
+HEAT = ("#0b0101", "#0b0202", "#0b0303", "#0b0404", "#0b0505", "#0b0606", "#0b0707", "#0b0808")
+_VARIABLES = (
+    {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
+    | {colour: f"var(--s{number})" for number, colour in enumerate(COLOURS, start=1)}
+    | {colour: f"var(--h{number})" for number, colour in enumerate(HEAT, start=1)}
+)
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -50,13 +55,19 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. `smooth`: raw values thin, their running mean bold. `band`: an interval."""
+    """One curve. `smooth`: raw values thin, their running mean bold. `band`: an interval.
+
+    `dashed`: thin, something to compare with. `colour`: one of the stand-ins, instead of the next
+    one. A curve without a name is not in the legend.
+    """
 
     name: str
     values: Series
     smooth: bool = False
     dots: bool = False
     band: Band | None = None
+    dashed: bool = False
+    colour: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +85,9 @@ def curves(
     percent: bool = False,
     floor: float | None = None,
     wide: bool = False,
+    x_label: str = "step",
 ) -> Plot | None:
-    """Curves over steps as inline SVG; None if there is nothing to draw.
+    """Curves over steps, or whatever `x_label` says, as inline SVG; None if there is nothing.
 
     Args:
         label: what the picture shows, for readers who hear the page.
@@ -87,16 +99,17 @@ def curves(
         return None
     with matplotlib.rc_context(_STYLE):
         figure, axes = _canvas(wide)
-        for line, colour in zip(drawn, COLOURS, strict=False):
+        chosen = [line.colour or COLOURS[n % len(COLOURS)] for n, line in enumerate(drawn)]
+        for line, colour in zip(drawn, chosen, strict=True):
             _draw(axes, line, colour)
         if floor is not None:
             axes.set_ylim(bottom=floor)
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
             axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
-        _finish(axes)
+        _finish(axes, x_label, [x for line in drawn for x in line.values])
         names = [line.name for line in drawn] if len(drawn) > 1 else []
-        return Plot(_svg(figure, label), _keys(names, COLOURS))
+        return Plot(_svg(figure, label), _keys(names, chosen))
 
 
 def stacked(
@@ -124,11 +137,11 @@ def stacked(
         if percent:
             axes.set_ylim(top=1)
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-        _finish(axes)
+        _finish(axes, "step", steps)
         return Plot(_svg(figure, label), _keys(list(parts), colours))
 
 
-def running_mean(values: Series, window: int) -> dict[int, float]:
+def running_mean(values: Series, window: int) -> dict[Any, float]:
     """Mean of each value and up to `window - 1` before it."""
     steps, numbers = list(values), list(values.values())
     means = {}
@@ -154,17 +167,20 @@ def _draw(axes: Axes, line: Line, colour: str) -> None:
         axes.plot(steps, values, color=colour, linewidth=1, alpha=0.35)
         values = list(running_mean(line.values, max(3, len(steps) // 12)).values())
     marker = "o" if line.dots or len(steps) == 1 else None
-    axes.plot(steps, values, color=colour, marker=marker, markersize=5)
+    style = {"linestyle": (0, (4, 3)), "linewidth": 1.2} if line.dashed else {}
+    axes.plot(steps, values, color=colour, marker=marker, markersize=5, **style)  # type: ignore[arg-type]
 
 
-def _finish(axes: Axes) -> None:
+def _finish(axes: Axes, x_label: str, places: Sequence[float]) -> None:
     axes.set_axisbelow(True)
-    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
-    axes.set_xlabel("step")
+    if all(float(place).is_integer() for place in places):
+        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+    axes.set_xlabel(x_label)
 
 
 def _keys(names: Sequence[str], colours: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    return tuple((n, _VARIABLES[colour]) for n, colour in zip(names, colours, strict=False))
+    pairs = zip(names, colours, strict=False)
+    return tuple((name, _VARIABLES[colour]) for name, colour in pairs if name)
 
 
 def _svg(figure: Figure, label: str) -> str:

@@ -6,21 +6,19 @@ file without scripts or links to elsewhere, and says what is missing.
 """
 
 import json
-import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from rich.table import Table
 
 from common.errors import UserError
 from common.metrics import METRICS_FILE, read_metrics, series
-from rl.estimates import Estimate
-from rl.figures import FigureBlock, figures
+from rl import page
+from rl.figures import figures
+from rl.page import clock, percent
 from rl.results import StageResult, paired, read_results
 
 PIPELINE_FILE = "pipeline.json"
@@ -87,7 +85,7 @@ def summary(run: Run) -> dict[str, Any]:
         "memory_is": run.pipeline.get("memory_is"),
         "evaluations": _evaluations(run.records),
     }
-    return _plain(values)
+    return page.plain(values)
 
 
 def write_report(folder: Path) -> dict[str, Any]:
@@ -98,27 +96,20 @@ def write_report(folder: Path) -> dict[str, Any]:
     """
     run = read_run(folder)
     values = summary(run)
-    _write(folder / "report.json", json.dumps(values, indent=2) + "\n")
-    _write(folder / "report.html", render(run, values))
+    page.write_whole(folder / "report.json", json.dumps(values, indent=2) + "\n")
+    page.write_whole(folder / "report.html", render(run, values))
     return values
 
 
 def render(run: Run, values: Mapping[str, Any]) -> str:
     """The page."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"percent": percent, "clock": clock}
     last = _last_with_samples(run)
-    return environment.get_template("report.html.j2").render(
+    return page.render(
+        "report.html.j2",
         name=run.folder.resolve().name,
         values=values,
         stages=[_stage_view(run, name) for name in run.stages],
-        sections=_sections(run.records),
+        sections=page.sections(figures(run.records)),
         facts=_facts(run, values),
         samples=[_sample_view(sample) for sample in last.samples] if last else [],
         samples_of=last.stage if last else None,
@@ -154,20 +145,6 @@ def stage_table(values: Mapping[str, Any]) -> Table:
             "rl - sft", points, f"{100 * low:+.1f} .. {100 * high:+.1f}", "", "paired", ""
         )
     return table
-
-
-def percent(value: float | None) -> str:
-    """0.123 -> "12.3 %"; a dash for None."""
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def clock(seconds: float | None) -> str:
-    """Seconds as h:mm:ss or m:ss; a dash for None."""
-    if seconds is None:
-        return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _stage_row(result: StageResult) -> dict[str, Any]:
@@ -249,13 +226,6 @@ def _facts(run: Run, values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(label, text) for label, text in facts if text is not None]
 
 
-def _sections(records: list[dict[str, Any]]) -> list[tuple[str, list[FigureBlock]]]:
-    """Figures under their headings; a heading under which nothing was logged is left out."""
-    blocks = figures(records)
-    names = dict.fromkeys(block.section for block in blocks if block.plot)
-    return [(name, [block for block in blocks if block.section == name]) for name in names]
-
-
 def _last_with_samples(run: Run) -> StageResult | None:
     shown = [run.results[name] for name in run.stages if name in run.results]
     return next((result for result in reversed(shown) if result.samples), None)
@@ -290,22 +260,3 @@ def _verdicts(run: Run) -> dict[str, Any]:
     columns = sorted({verdict for row in rows.values() for verdict in row})
     columns.sort(key=lambda verdict: verdict != "pass")
     return {"columns": columns, "rows": {name: row for name, row in rows.items() if row}}
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Estimate):
-        raise TypeError("estimates are spelled out in report.json")
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _write(path: Path, text: str, replace: Callable[[Path, Path], None] = os.replace) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    replace(partial, path)

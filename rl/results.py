@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.records import Group, Problem, Rollout
-from rl.estimates import Estimate, bootstrap, pass_rates, passed
+from rl.estimates import Estimate, difference, pass_rates, passed
 
 if TYPE_CHECKING:  # reading results must not cost the seconds that torch takes to import
     from transformers import PreTrainedTokenizerFast
@@ -109,10 +109,10 @@ def pick_samples(
 
 
 def make_sample(problem: Problem, rollout: Rollout, tokenizer: "PreTrainedTokenizerFast") -> Sample:
-    """One completion as plain values; an EOS that ended it is left out of the tokens."""
+    """One completion as plain values; the token that ended it is left out of the tokens."""
     completion, score = rollout.completion, rollout.score
     ids = list(completion.token_ids)
-    if ids and ids[-1] == tokenizer.eos_token_id:
+    if completion.finish_reason == "eos":
         ids.pop()
     stdin_tests = tuple(f"{test.stdin!r} -> {test.stdout!r}" for test in problem.stdin_tests)
     return Sample(
@@ -166,10 +166,9 @@ def read_results(run: Path) -> dict[str, StageResult]:
 
 def paired(before: StageResult, after: StageResult, seed: int = 0) -> Estimate | None:
     """Greedy pass@1 of `after` minus `before`, resampled as pairs; None without common problems."""
-    common = [problem for problem in before.rates if problem in after.rates]
-    if not common:
+    if not before.rates.keys() & after.rates.keys():
         return None
-    return bootstrap([after.rates[p] - before.rates[p] for p in common], seed)
+    return difference(before.rates, after.rates, seed)
 
 
 def _sample(values: dict[str, Any]) -> Sample:

@@ -7,7 +7,6 @@ by block as plain text; several are written when all are done.
 
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -44,12 +43,7 @@ class Screen:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._live.stop()
 
     def show(self, snapshot: Snapshot) -> None:
@@ -59,10 +53,9 @@ class Screen:
                 self._stream(snapshot)
             return
         ids = snapshot.ids if self._show_steps else snapshot.ids[: snapshot.final]
-        eos, mask = self._tokenizer.eos_token_id, self._tokenizer.mask_token_id
         text = Text()
-        for place, token in enumerate(ids[: _until(ids, eos)]):
-            known = token != mask
+        for place, token in enumerate(ids[: snapshot.text]):
+            known = token != self._tokenizer.mask_token_id
             piece = str(self._tokenizer.decode([token])) if known else MASK
             text.append(piece, style="" if place < snapshot.final else "bold" if known else "dim")
         self._texts[snapshot.request] = text
@@ -77,14 +70,13 @@ class Screen:
                 rest = completion.text[len(self._streamed) :]
                 self._console.out(rest, highlight=False)
                 continue
-            ids = completion.token_ids
-            ids = ids[: _until(ids, self._tokenizer.eos_token_id)]
+            ended = int(completion.finish_reason == "eos")
+            ids = completion.token_ids[: len(completion.token_ids) - ended]
             pieces = [str(self._tokenizer.decode([token])) for token in ids]
             self._console.print(coloured(pieces, completion.step_map))
 
     def _stream(self, snapshot: Snapshot) -> None:
-        final = snapshot.ids[: snapshot.final]
-        ids = final[: _until(final, self._tokenizer.eos_token_id)]
+        ids = snapshot.ids[: min(snapshot.final, snapshot.text)]
         text = str(self._tokenizer.decode(ids, skip_special_tokens=True)).rstrip(INCOMPLETE)
         if len(text) > len(self._streamed):
             self._console.out(text[len(self._streamed) :], end="", highlight=False)
@@ -104,7 +96,3 @@ def coloured(pieces: Sequence[str], steps: Sequence[int]) -> Text:
         )
         text.append(piece, style=colour)
     return text
-
-
-def _until(ids: Sequence[int], eos: int) -> int:
-    return ids.index(eos) if eos in ids else len(ids)

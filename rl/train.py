@@ -26,15 +26,15 @@ from common.metrics import Sink, open_metrics
 from common.progress import Progress, open_progress
 from common.records import Problem
 from models.attention import check_attention
-from models.checkpoint import check_checkpoint, load_spec
-from models.spec import DiffusionSpec
-from models.tokenizer import check_tokenizer, encode_prompt, load_tokenizer
+from models.outline import Outline, load_outline
+from models.tokenizer import encode_prompt
 from rewards.compose import verify_rewards
 from rl.checkpoint import Checkpoints, RunState, read_state
 from rl.config import TrainConfig, load_train_config
-from rl.data import EMBEDDED, ProblemStream, check_prompt_lengths, load_problems
-from rl.evaluate import greedy
+from rl.data import ProblemStream, check_prompt_lengths, take_problems
+from rl.evaluate import check_decoding, greedy
 from rl.loop import Cluster, Loop, LoopPlan
+from workers.rollout import rollout_dtype
 
 STAGE = "rl"
 EXPORT_MARK = "training_step.json"
@@ -131,37 +131,27 @@ class _Monitor:
             self._progress.say(f"step {step}: no group had any spread, so nothing was learned")
 
 
-def run_training(config: TrainConfig, sink: Sink, progress: Progress) -> RunState:
-    """Check everything, then train. For callers that bring their own sinks (`rl.demo`).
-
-    Raises:
-        UserError: bad input; nothing was started or written.
-        InfrastructureError: a worker failed or did not answer in time.
-    """
-    return prepare(config).run(sink, progress)
-
-
 def prepare(config: TrainConfig) -> Job:
     """Look at everything the run needs; start and write nothing.
 
     Raises:
         UserError: names the key, row or file and the remedy.
     """
-    folder = Path(config.model.path)
-    check_checkpoint(folder)
-    spec = load_spec(folder)
-    try:
-        config.rollout.decoding.resolve(spec)
-    except UserError as error:
-        raise UserError(f"rollout.{error}") from error
+    outline = load_outline(Path(config.model.path))
+    check_decoding(outline, config.rollout.decoding, ())
+    if config.rollout.decoding.early_exit:
+        raise UserError(
+            "rollout.decoding.early_exit true keeps nothing of what was decided behind the EOS, "
+            "which is context of the likelihood; set it to false (unmask evaluate may use it)"
+        )
     engine, local = config.engine, config.cluster.kind == "local"
-    check_attention(engine.attention, spec.attention, engine.precision, here=local)
+    check_attention(engine.attention, outline.spec.attention, engine.precision, here=local)
     verify_rewards(config.scoring)
     train = _problems(config, "train")
     evaluates = config.train.eval_every > 0 or config.train.eval_at_start
     test = _problems(config, "test") if evaluates else []
     stream = ProblemStream(train, config.rollout.prompts_per_step, config.data.seed)
-    _check_prompts(config, folder, spec, {config.data.train: train, config.data.test: test})
+    _check_prompts(config, outline, {config.data.train: train, config.data.test: test})
     resume_from = Checkpoints(config.run.path).resume_from(config.run.resume)
     seed = config.run.seed
     state = RunState(0, 0, seed) if resume_from is None else read_state(resume_from, seed)
@@ -174,28 +164,23 @@ def _problems(config: TrainConfig, which: str) -> list[Problem]:
         (data.train, data.train_count) if which == "train" else (data.test, data.test_count)
     )
     try:
-        if source.startswith(EMBEDDED):
-            return load_problems(source, seed=data.seed, count=count)
-        return load_problems(source, limit=count)
+        return take_problems(source, count, data.seed)
     except UserError as error:
         raise UserError(f"data.{which}: {error}") from error
 
 
 def _check_prompts(
-    config: TrainConfig, folder: Path, spec: DiffusionSpec, sources: dict[str, list[Problem]]
+    config: TrainConfig, outline: Outline, sources: dict[str, list[Problem]]
 ) -> None:
-    tokenizer = load_tokenizer(folder)
-    try:
-        vocab_size = int(json.loads((folder / "config.json").read_text())["vocab_size"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/config.json: no vocab_size in it ({error})") from error
-    check_tokenizer(tokenizer, vocab_size, spec.mask_token_id, folder)
+    dtype = rollout_dtype(config.engine)
     for source, problems in sources.items():
-        lengths = [len(encode_prompt(tokenizer, problem.prompt)) for problem in problems]
+        prompts = [encode_prompt(outline.tokenizer, problem.prompt) for problem in problems]
         try:
+            lengths = [len(ids) for ids in prompts]
             check_prompt_lengths(problems, lengths, config.data.prompt_limit, source=source)
         except UserError as error:
             raise UserError(f"data.prompt_limit: {error}") from error
+        check_decoding(outline, config.rollout.decoding, prompts, dtype)
 
 
 def make_cluster(config: TrainConfig) -> Cluster:

@@ -10,8 +10,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 OUT = "out"
@@ -63,9 +63,19 @@ class Runner:
 
 
 _NODE_FLAGS = ("--max-old-space-size={memory}",)  # bounds the heap; RLIMIT_DATA the rest
-# Node gives up if a configuration is there that it may not read.
-_NODE_ENVIRONMENT = (("OPENSSL_CONF", "/dev/null"),)
-_NODE_OOM = ("JavaScript heap out of memory", "Array buffer allocation failed")
+_NODE = Runner(
+    language="javascript",
+    source="main.js",
+    needs=("node",),
+    install="nodejs",
+    run=("{node}", *_NODE_FLAGS, "{source}"),
+    spare_mib=256,
+    threads=32,
+    # Node gives up if a configuration is there that it may not read.
+    environment=(("OPENSSL_CONF", "/dev/null"),),
+    oom_marks=("JavaScript heap out of memory", "Array buffer allocation failed"),
+)
+_TYPESCRIPT_INSTALL = "nodejs npm, then `npm install -g typescript`"
 # Serial and without the shared-memory file of jstat: fewer threads, nothing written to /tmp.
 _JVM_FLAGS = ("-XX:+UseSerialGC", "-XX:-UsePerfData", "-XX:ReservedCodeCacheSize=64m")
 # tsc checks types, so it must have heard of Node's names; as a module, a program may redefine them.
@@ -89,41 +99,24 @@ _TSC_FLAGS = (
 _CPP_OOM = ("std::bad_alloc",)
 
 RUNNERS = (
-    Runner(
-        language="javascript",
-        source="main.js",
-        needs=("node",),
-        install="nodejs",
-        run=("{node}", *_NODE_FLAGS, "{source}"),
-        spare_mib=256,
-        threads=32,
-        environment=_NODE_ENVIRONMENT,
-        oom_marks=_NODE_OOM,
-    ),
-    Runner(
+    _NODE,
+    replace(
+        _NODE,
         language="typescript",
         source="main.ts",
         needs=("tsc", "node"),
-        install="nodejs npm, then `npm install -g typescript`",
+        install=_TYPESCRIPT_INSTALL,
         compile=("{node}", *_NODE_FLAGS, "{tsc}", *_TSC_FLAGS, "{source}", "node.d.ts"),
         run=("{node}", *_NODE_FLAGS, "main.js"),
-        spare_mib=256,
-        threads=32,
         beside=(("node.d.ts", _NODE_TYPES),),
-        environment=_NODE_ENVIRONMENT,
-        oom_marks=_NODE_OOM,
     ),
-    Runner(  # types are stripped, not checked
+    replace(  # types are stripped, not checked
+        _NODE,
         language="typescript",
         source="main.ts",
-        needs=("node",),
         oldest=(22, 7),
-        install="nodejs npm, then `npm install -g typescript`",
+        install=_TYPESCRIPT_INSTALL,
         run=("{node}", *_NODE_FLAGS, "--experimental-transform-types", "--no-warnings", "{source}"),
-        spare_mib=256,
-        threads=32,
-        environment=_NODE_ENVIRONMENT,
-        oom_marks=_NODE_OOM,
     ),
     Runner(
         language="bash",
@@ -295,18 +288,23 @@ def versions(path: str | None = None) -> dict[str, str]:
 @functools.cache
 def version_of(tool: str, *arguments: str) -> str:
     """The first dotted number that `tool` says of itself, or "unknown version"."""
+    done = _ask([tool, *(arguments or ("--version",))])
+    match = re.search(rb"\d+(\.\d+)+", done.stdout + done.stderr) if done is not None else None
+    return match.group().decode() if match else "unknown version"
+
+
+def _ask(command: Sequence[str]) -> subprocess.CompletedProcess[bytes] | None:
+    """What a tool says of itself; None if it cannot be started or does not end in time."""
     try:
-        done = subprocess.run(
-            [tool, *(arguments or ("--version",))],
+        return subprocess.run(
+            command,
             capture_output=True,
             stdin=subprocess.DEVNULL,
             cwd="/",
             timeout=_PROBE_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown version"
-    match = re.search(rb"\d+(\.\d+)+", done.stdout + done.stderr)
-    return match.group().decode() if match else "unknown version"
+        return None
 
 
 def _number(version: str) -> tuple[int, ...]:
@@ -325,15 +323,8 @@ def _locate(name: str, path: str) -> str | None:
 
 
 def _behind_rustup(proxy: str, name: str) -> str | None:
-    try:
-        done = subprocess.run(
-            [proxy, "--print", "sysroot"],
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            cwd="/",
-            timeout=_PROBE_SECONDS,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+    done = _ask([proxy, "--print", "sysroot"])
+    if done is None:
         return None
     tool = os.path.join(os.fsdecode(done.stdout).strip(), "bin", name)
     return tool if os.path.isfile(tool) else None

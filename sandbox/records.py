@@ -74,6 +74,11 @@ class StdinTest:
     stdout: str
 
 
+def is_tolerance(value: Any) -> bool:
+    """Whether `Case.float_tolerance` may be `value`: a number above 0 and below 1."""
+    return type(value) in (int, float) and 0 < value < 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One program and the tests to judge it by: `tests` (asserts) or `stdin_tests`.
@@ -110,7 +115,7 @@ class Case:
 
     def _tolerance_problem(self) -> str | None:
         value = self.float_tolerance
-        if type(value) not in (int, float) or not 0 < float(value or 0) < 1:
+        if not is_tolerance(value):
             return f"float_tolerance: {value!r} must be a number above 0 and below 1"
         return None if self.stdin_tests else "float_tolerance: is for stdin_tests only"
 
@@ -165,11 +170,6 @@ class Result:
     def pass_rate(self) -> float:
         """passed / total; 0.0 for a case that was not run (look at `status` first)."""
         return self.passed / self.total if self.tests else 0.0
-
-    @property
-    def weak_share(self) -> float:
-        """Share of the tests that were judged in one process with the program; 0.0 without any."""
-        return sum(test.weak for test in self.tests) / self.total if self.tests else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The record of the contract; `message` only when there is one."""

@@ -2,9 +2,9 @@
 
 import os
 import queue
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
+from contextlib import contextmanager
 
 from sandbox.docker import DockerLauncher, DockerOptions
 from sandbox.parsing import BATCH
@@ -53,12 +53,7 @@ class Sandbox:
     def __enter__(self) -> "Sandbox":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def run(
@@ -85,16 +80,19 @@ class Sandbox:
         return [answer for answers in self._threads.map(self._parse, batches) for answer in answers]
 
     def _parse(self, texts: Sequence[str]) -> list[bool]:
-        worker = self._idle.get()
-        try:
+        with self._borrowed() as worker:
             return worker.parses(texts)
-        finally:
-            self._idle.put(worker)
 
     def _run_one(self, case: Case) -> Result:
+        with self._borrowed() as worker:
+            return worker.run(case)
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[Worker]:
+        """An idle worker, for this thread alone until the end of the block."""
         worker = self._idle.get()
         try:
-            return worker.run(case)
+            yield worker
         finally:
             self._idle.put(worker)
 

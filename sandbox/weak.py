@@ -11,23 +11,16 @@ import random
 import secrets
 import select
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 from sandbox.endings import how_it_ended
+from sandbox.inside.mutate import Plan
 from sandbox.inside.weak import FAILED, PASSED
 from sandbox.payload import payload
 from sandbox.process import Ended, ZygoteProcess
 from sandbox.records import Case, TestResult, Verdict
 
 _REPORT_BYTES = 4096  # one atomic write
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to run: `inside.mutate.Plan`, as the judge's process sent it."""
-
-    original: str
-    controls: list[str]
 
 
 def judge_weakly(zygote: ZygoteProcess, case: Case, plan: Plan, seed: str) -> TestResult:

@@ -14,12 +14,14 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from sandbox.endings import how_it_ended
+from sandbox.inside.judge import CONTROLS
+from sandbox.inside.mutate import Plan
 from sandbox.parsing import parse_texts
 from sandbox.payload import payload
 from sandbox.process import Ended, Launcher, LocalLauncher, ZygoteError, ZygoteProcess
 from sandbox.programs import MissingToolchain, Program
 from sandbox.records import Case, Result, SandboxError, TestResult, Verdict
-from sandbox.weak import Plan, judge_weakly
+from sandbox.weak import judge_weakly
 
 _PIPE_BYTES = 1 << 20
 _REPORT_BYTES = 1 << 16
@@ -78,15 +80,15 @@ class Worker:
 
     def parses(self, texts: Sequence[str]) -> list[bool]:
         """Whether each text is Python. Raises SandboxError if the sandbox itself failed, twice."""
-        for _ in range(_TRIES):
-            try:
-                return parse_texts(lambda: self._zygote("candidate"), texts)
-            except (ZygoteError, OSError) as error:
-                message = str(error)
-                self.close()
-            finally:
-                self._replace_worn(timed_out=False)  # `parse_texts` ends what hangs
-        raise SandboxError(f"cannot parse in the sandbox: {message}")
+        try:
+            answers = self._with_retry(
+                lambda given: parse_texts(lambda: self._zygote("candidate"), given), texts
+            )
+        finally:
+            self._replace_worn(timed_out=False)  # `parse_texts` ends what hangs
+        if isinstance(answers, TestResult):
+            raise SandboxError(f"cannot parse in the sandbox: {answers.message}")
+        return answers
 
     def _run_tests(self, case: Case) -> Iterator[TestResult]:
         if case.stdin_tests:
@@ -191,7 +193,7 @@ class Judge:
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
-                self._send(f"controls {index}", theirs.fileno())
+                self._send(f"{CONTROLS}{index}", theirs.fileno())
             parts = [b"-"]
             while parts[-1]:
                 if not select.select([ours], [], [], max(deadline - time.monotonic(), 0.0))[0]:

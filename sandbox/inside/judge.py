@@ -20,7 +20,8 @@ from sandbox.inside.codec import CodecError, Table
 from sandbox.inside.peer import Channel, Lost, Peer, TooLong
 
 _MESSAGE_CHARS = 400
-_CONTROLS = b"controls "
+CONTROLS = "controls "
+"""Begins the order for a test's `mutate.Plan`; the test's number follows."""
 Outcome = tuple[str, str]
 
 
@@ -33,18 +34,19 @@ def serve(payload: dict[str, Any], orders: socket.socket, max_bytes: int) -> Non
     no candidate could pass), or `uncarriable` (the test passes what only a shared process can);
     "message" says more. Every test has a namespace of its own.
 
-    The order b"controls <number>" asks for the `mutate.Plan` of a test instead, as JSON into the
-    descriptor; no other answer.
+    CONTROLS and a number order the `mutate.Plan` of a test instead, as JSON into the descriptor;
+    no other answer.
     """
     while True:
         data, descriptors, _, _ = socket.recv_fds(orders, 64, 1)
         if not data:
             return
+        order = data.decode()
         with socket.socket(fileno=descriptors[0]) as connection:
-            if data.startswith(_CONTROLS):
-                _send_plan(payload, int(data[len(_CONTROLS) :]), connection)
+            if order.startswith(CONTROLS):
+                _send_plan(payload, int(order.removeprefix(CONTROLS)), connection)
                 continue
-            verdict, message = _judge(payload, int(data), Channel(connection, max_bytes))
+            verdict, message = _judge(payload, int(order), Channel(connection, max_bytes))
         text = message[:_MESSAGE_CHARS].encode("utf-8", "backslashreplace").decode()
         orders.send(json.dumps({"verdict": verdict, "message": text}).encode())
 

@@ -1,8 +1,11 @@
 """AR-ness of small decodes by hand. A step map gives, per position, the step that fixed it."""
 
+from collections.abc import Callable
+
 import pytest
 
-from diffusion.arness import global_ar_ness, local_ar_ness
+from diffusion.arness import global_ar_ness, local_ar_ness, random_order
+from diffusion.masking import generator
 
 FORWARD = [0, 1, 2, 3]
 BACKWARD = [3, 2, 1, 0]
@@ -47,3 +50,37 @@ def test_tokens_of_one_step_are_ordered_by_position(k: int) -> None:
     # Blocks of two decoded left to right, two tokens a step: as good as AR.
     assert local_ar_ness([0, 0, 1, 1, 2, 2], k) == 1.0
     assert global_ar_ness([0, 0, 1, 1, 2, 2], k) == 1.0
+
+
+def test_a_random_order_within_blocks_by_hand() -> None:
+    """Means over many draws against the closed form, blocks of four."""
+    length, draws = 40, 400
+    gen = generator(0)
+    maps = [random_order(length, 4, gen) for _ in range(draws)]
+    for step_map in maps:
+        for start in range(0, length, 4):
+            assert sorted(step_map[start : start + 4]) == list(range(start, start + 4))
+    # With n of a block still masked, the one that goes is the leftmost with probability 1 / n.
+    global_1 = (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4
+    assert _mean(global_ar_ness, maps, 1) == pytest.approx(global_1, abs=0.01)
+    assert _mean(global_ar_ness, maps, 2) == pytest.approx((1 + 1 + 2 / 3 + 2 / 4) / 4, abs=0.01)
+    assert _mean(global_ar_ness, maps, 4) == 1.0
+    # Each of 3 pairs of neighbours is consecutive in 3! of the 4! orders; over a block's edge the
+    # last place goes last and the first place first. The very first event counts by itself if it
+    # is at place 0, which is 1 in 4 and not 1 in 16.
+    blocks = length / 4
+    local_1 = (blocks * 3 / 4 + (blocks - 1) / 16 + 1 / 4) / length
+    assert _mean(local_ar_ness, maps, 1) == pytest.approx(local_1, abs=0.01)
+
+
+def test_a_random_order_of_a_short_last_block() -> None:
+    assert sorted(random_order(6, 4, generator(1))[4:]) == [4, 5]
+
+
+def test_a_random_order_of_a_first_block_that_the_prompt_shares() -> None:
+    step_map = random_order(6, 4, generator(1), given=3)
+    assert step_map[0] == 0 and sorted(step_map[1:5]) == [1, 2, 3, 4] and step_map[5] == 5
+
+
+def _mean(measure: Callable[[list[int], int], float], maps: list[list[int]], k: int) -> float:
+    return sum(measure(step_map, k) for step_map in maps) / len(maps)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.attention import Pattern, block_index
+from diffusion.attention import Pattern, block_index, first_place
 from diffusion.layout import Sequence, build_rows
 
 
@@ -164,6 +164,12 @@ def test_block_index_is_floor_division(origin: int, block_size: int) -> None:
     found = block_index(torch.arange(12), origin, block_size).tolist()
     assert found == [(position - origin) // block_size for position in range(12)]
     assert found[origin] == 0 and (origin == 0 or found[origin - 1] == -1)
+
+
+def test_the_first_place_of_a_completions_blocks() -> None:
+    assert [first_place(n, 4, "prompt") for n in (0, 3, 4, 9)] == [0, 3, 4, 9]
+    assert [first_place(n, 4, "sequence") for n in (0, 3, 4, 9)] == [0, 0, 4, 8]
+    assert first_place(3, None, "prompt") == 3
 
 
 def test_block_index_takes_one_origin_per_row() -> None:

@@ -37,6 +37,30 @@ def test_block_row_with_shift_by_hand() -> None:
 
 
 @pytest.mark.parametrize("shift", [False, True])
+def test_block_row_from_the_sequences_start_by_hand(shift: bool) -> None:
+    rows = build_rows(
+        [SEQUENCE],
+        [MASKS],
+        mask_token_id=M,
+        block_size=2,
+        logit_shift=shift,
+        block_origin="sequence",
+    )
+    # Blocks 7 8 | 9 1 | 2 3 | 4 5: token 9 is given, as it is in the clean copy and in every view.
+    expected = [7, 8, 9, 1, 2, 3] + [9, M, M, M, M, M] + [9, M, 2, M, 4, M]
+    assert rows.input_ids.tolist() == [expected]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 4, 5] + [2, 3, 4, 5, 6, 7] * 2]
+    assert rows.targets.tolist() == [1, 2, 3, 4] + [1, 3]
+    # Views start at 6 and 12. Inside a block (1 behind the given 9; 3; the tail) one place to the
+    # left in the view; 2 and 4 open their blocks: the clean tokens before them.
+    expected = [6, 3, 8, 5] + [12, 14] if shift else [7, 8, 9, 10] + [13, 15]
+    assert rows.select.tolist() == expected
+    # The masked 1 sees the first block and, of its own, the given 9 of its own view.
+    seen = rows.attention_mask[0, 0, 7].nonzero()[:, 0].tolist()
+    assert seen == [0, 1, 6, 7]
+
+
+@pytest.mark.parametrize("shift", [False, True])
 def test_canvas_rows_by_hand(shift: bool) -> None:
     rows = build(shift, block_size=None)
     # One row per view; nothing is shared between them.

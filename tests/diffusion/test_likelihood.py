@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import diffusion.views as views
+from diffusion.attention import BlockOrigin
 from diffusion.layout import Sequence, TokenRows, build_rows
 from diffusion.likelihood import estimate_logps, forward_tokens
 from diffusion.masking import coupled_masks
@@ -24,6 +25,7 @@ class Spec:
     logit_shift: bool = False
     attention: Literal["causal", "bidirectional", "block_causal"] = "block_causal"
     block_size: int | None = 2
+    block_origin: BlockOrigin = "prompt"
 
 
 SPEC = Spec()

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion.sampling import draw, target_distribution
@@ -56,6 +58,43 @@ def test_rows_are_filtered_one_by_one() -> None:
     probs = target_distribution(logits, 1.0, 0.8, 0, MASK)
     assert (probs > 0).tolist() == [[False, True, False, False], [True, False, True, False]]
     assert probs.sum(-1).tolist() == pytest.approx([1.0, 1.0])
+
+
+def whole_sort(logits: Tensor, top_p: Tensor) -> Tensor:
+    """The nucleus by its definition: everything sorted, ties by token id."""
+    probs = target_distribution(logits, 1.0, 1.0, 0, MASK)
+    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    ordered = ordered.masked_fill(before >= top_p[:, None], 0.0)
+    kept = torch.zeros_like(probs).scatter(-1, index, ordered)
+    return torch.where(top_p[:, None] < 1, kept / kept.sum(-1, keepdim=True), probs)
+
+
+@given(
+    # Few levels: ties everywhere, across the edge of the nucleus and of the first look.
+    levels=st.lists(st.lists(st.integers(0, 4), min_size=12, max_size=12), min_size=1, max_size=5),
+    top_p=st.lists(st.sampled_from([0.05, 0.3, 0.5, 0.75, 0.9, 0.99, 1.0]), min_size=5, max_size=5),
+    looked_at=st.sampled_from([1, 2, 5, 11, 12, 1024]),
+)
+def test_a_nucleus_among_the_first_is_that_among_all(
+    levels: list[list[int]], top_p: list[float], looked_at: int
+) -> None:
+    logits, limit = torch.tensor(levels).float(), torch.tensor(top_p[: len(levels)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusion.sampling.NUCLEUS_TOKENS", looked_at)
+        found = target_distribution(logits, 1.0, limit, 0, MASK)
+    assert torch.equal(found, whole_sort(logits, limit))
+
+
+@pytest.mark.parametrize("scale", [6.0, 4.0, 1.0])
+def test_the_nucleus_of_a_large_vocabulary(scale: float) -> None:
+    """About 60, 1800 and 112 000 tokens of 151 936: beside each other, and found both ways."""
+    gen = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(3, 151_936, generator=gen)
+    logits[1] *= 6.0 / scale
+    limit = torch.tensor([0.95, 0.95, 0.5])
+    found = target_distribution(logits, 1.0, limit, 0, MASK)
+    assert torch.equal(found, whole_sort(logits, limit))
 
 
 def at(probs: list[float], *uniform: float, temperature: float = 1.0) -> list[int]:

@@ -36,6 +36,15 @@ def test_trace_of_blocks() -> None:
     assert found.weight[found.scored].tolist() == [1.0] * 5
 
 
+def test_trace_of_blocks_from_the_sequences_start() -> None:
+    """Prompt of 1, blocks of 4: the first has three. Steps 0 1 2 | 2 5 3 are 0 1 2 | 0 2 1."""
+    config = EstimatorConfig(kind="trace")
+    found = make_views(SEQUENCE, config, 4, 0, "sequence")
+    assert found.hidden.tolist() == bits("111111 011011 001010")
+    assert found.scored.tolist() == bits("100100 010000 001010")
+    assert count_views(SEQUENCE, config, 4, "sequence") == 3
+
+
 def test_trace_of_a_canvas() -> None:
     """Nothing is shared: five steps that fixed something are five views, in their order."""
     found = make_views(SEQUENCE, EstimatorConfig(kind="trace"), None, 0)
@@ -92,6 +101,18 @@ def test_elbo_weighs_every_block_by_its_own_count() -> None:
             assert weight[part].tolist() == pytest.approx([size / count / 40] * size)
     assert {int(h[:4].sum()) for h in found.hidden} == {1, 2, 3, 4}
     assert len(found.hidden.unique(dim=0)) > 10
+
+
+def test_elbo_of_blocks_from_the_sequences_start() -> None:
+    """Prompt of 7, blocks of 4: one token beside the given ones, a whole block, one token."""
+    sequence = Sequence((7,) * 7, SEQUENCE.completion_ids, 6)
+    config = EstimatorConfig(kind="elbo", num_samples=40)
+    found = make_views(sequence, config, 4, 3, "sequence")
+    for hidden, weight in zip(found.hidden, found.weight, strict=True):
+        assert hidden[0] and hidden[5]  # a block of one: always hidden
+        count = int(hidden[1:5].sum())
+        assert weight.tolist() == pytest.approx([1 / 40] + [4 / count / 40] * 4 + [1 / 40])
+    assert {int(h[1:5].sum()) for h in found.hidden} == {1, 2, 3, 4}
 
 
 def sum_of(found: Views, value: dict[tuple[bool, ...], list[float]]) -> float:
@@ -155,7 +176,11 @@ def test_ratios_and_counts_of_the_draws() -> None:
     masks, ratios = independent_masks(4000, (0.2, 0.8), 3, seed=1)
     assert masks.float().mean(1).tolist() == pytest.approx(ratios.tolist(), abs=0.03)
     assert len(set(ratios.tolist())) == 3 and float(ratios.min()) >= 0.2
-    counts = counted_masks(8, 8, 4000, seed=1)[0].sum(1).bincount(minlength=9)
+    counts = (
+        counted_masks(torch.zeros(8, dtype=torch.int64), 4000, seed=1)[0]
+        .sum(1)
+        .bincount(minlength=9)
+    )
     assert counts[0] == 0 and int(counts[1:].min()) > 400 and int(counts.max()) < 600
 
 

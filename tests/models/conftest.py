@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from models.checkpoint import new_model
+from models.decoding import Decoder
 from models.denoiser import Denoiser
+from models.request import Request
 from models.spec import DiffusionSpec
 
 VOCABULARY, PAD_ID, EOS_ID, MASK_ID = 24, 0, 1, 2
@@ -80,3 +83,21 @@ def prompts() -> list[tuple[int, ...]]:
         tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist())
         for length in lengths
     ]
+
+
+@pytest.fixture
+def requests(prompts: list[tuple[int, ...]]) -> list[Request]:
+    """One request for each prompt, with seeds from 100 on."""
+    return [Request(prompt, seed=100 + number) for number, prompt in enumerate(prompts)]
+
+
+@pytest.fixture
+def make_decoder(
+    make_denoiser: MakeDenoiser, word_tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., Decoder]:
+    """`make_decoder("bidirectional", shift=True)`: arguments of `make_denoiser`."""
+
+    def make(*args: Any, **options: Any) -> Decoder:
+        return Decoder(make_denoiser(*args, **options), word_tokenizer)
+
+    return make

@@ -74,7 +74,8 @@ def test_memory_by_hand(make_denoiser: Callable[..., Denoiser]) -> None:
     denoiser = make_denoiser()
     # 2 layers, keys and values, 2 heads of 8 numbers of 4 bytes; 9 places and the dump.
     each = 2 * 2 * 2 * 8 * 4 * 10
-    assert slot_bytes(denoiser, 9) == each
+    config = denoiser.model.config
+    assert slot_bytes(config, 9, itemsize=4) == each == 2 * slot_bytes(config, 9, itemsize=2)
     cache = SlotCache(1, 9)
     with torch.no_grad():
         cache.aim(slice(0, 1), torch.tensor([0]), torch.tensor([[0]]), 1)
@@ -82,10 +83,10 @@ def test_memory_by_hand(make_denoiser: Callable[..., Denoiser]) -> None:
         denoiser.hidden(one, one, torch.ones(1, 1, 1, 1, dtype=torch.bool), cache)
     held = sum(m.numel() * m.element_size() for pair in cache._layers for m in pair)
     assert held == each
-    assert affordable_slots(denoiser, 9, 10_000, cache_mib=1) == 2**20 // each
-    assert affordable_slots(denoiser, 9, 3, cache_mib=1) == 3
+    assert affordable_slots(config, 9, 10_000, cache_mib=1, itemsize=4) == 2**20 // each
+    assert affordable_slots(config, 9, 3, cache_mib=1, itemsize=4) == 3
 
 
 def test_too_little_for_one_request(make_denoiser: Callable[..., Denoiser]) -> None:
     with pytest.raises(UserError, match=r"decoding.cache_mib 1: .* needs 2560256 bytes.* to 3 or"):
-        affordable_slots(make_denoiser(), 10_000, 4, cache_mib=1)
+        affordable_slots(make_denoiser().model.config, 10_000, 4, cache_mib=1, itemsize=4)

@@ -23,9 +23,11 @@ from typer.testing import CliRunner
 
 from common.errors import UserError
 from models import checkpoint, public
-from models.checkpoint import import_checkpoint, load_checkpoint, load_spec
+from models.cache import slot_bytes
+from models.checkpoint import import_checkpoint, load_checkpoint
 from models.decoding import Decoder, DecodingConfig, Request
 from models.families import find_family, stock_config
+from models.outline import load_outline
 from models.public import ImportOptions, load_public, plan_import
 from models.spec import DiffusionSpec
 from models.tokenizer import train_tokenizer
@@ -290,7 +292,11 @@ def test_imported_model_computes_the_published_equations(
     import_checkpoint(source, out, ImportOptions())
     attention, block, shift = SPECS[kind]
     assert DiffusionSpec.load(out) == DiffusionSpec(
-        mask_token_id=2, logit_shift=shift, attention=attention, block_size=block
+        mask_token_id=2,
+        logit_shift=shift,
+        attention=attention,
+        block_size=block,
+        block_origin="sequence" if attention == "block_causal" else "prompt",
     )
     ids = torch.tensor([5, 9, 3, 17, 2, 2, 11, 2, 2, 23])
     allowed = visible(attention, block, len(ids))
@@ -310,7 +316,10 @@ def test_loaded_on_the_fly_as_imported(
     source = write_public(kind)
     import_checkpoint(source, tmp_path / "out", ImportOptions())
     direct, imported = load_checkpoint(source), load_checkpoint(tmp_path / "out")
-    assert direct.spec == imported.spec == load_spec(source)
+    outline = load_outline(source)
+    assert direct.spec == imported.spec == outline.spec
+    real = direct.denoiser.model.config
+    assert slot_bytes(outline.config, 9, 4) == slot_bytes(real, 9, 4)
     pairs = zip(
         direct.denoiser.model.state_dict().items(),
         imported.denoiser.model.state_dict().items(),
@@ -465,9 +474,31 @@ def test_sdar_as_published(write_public: WritePublic, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no block_size in it; give `unmask import --block-size N`"):
         load_checkpoint(source)
     import_checkpoint(source, tmp_path / "out", ImportOptions(block_size=16))
-    assert load_spec(tmp_path / "out") == DiffusionSpec(
-        mask_token_id=6, logit_shift=False, attention="block_causal", block_size=16
+    assert load_outline(tmp_path / "out").spec == DiffusionSpec(
+        mask_token_id=6,
+        logit_shift=False,
+        attention="block_causal",
+        block_size=16,
+        block_origin="sequence",
     )
+
+
+@pytest.mark.parametrize("kind", ["sdar", "llama"])
+def test_all_stop_tokens_are_carried(write_public: WritePublic, tmp_path: Path, kind: str) -> None:
+    """From generation_config.json (its sampling settings are not), else from config.json."""
+    source, out = write_public(kind, eos_token_id=[1, 4]), tmp_path / "out"
+    for listed in ([5, 7], None):
+        if listed:
+            stop_at(source, listed)
+        else:
+            (source / "generation_config.json").unlink()
+        plan = import_checkpoint(source, out / str(listed), ImportOptions())
+        loaded = load_checkpoint(out / str(listed))
+        expected = (1, 5, 7) if listed else (1, 4)
+        assert Decoder(loaded.denoiser, loaded.tokenizer).stops == plan.stops == expected
+        if plan.family.adapted:  # also without an import
+            loaded = load_checkpoint(source)
+            assert Decoder(loaded.denoiser, loaded.tokenizer).stops == expected
 
 
 def test_family_by_name_where_config_does_not_tell(
@@ -475,7 +506,7 @@ def test_family_by_name_where_config_does_not_tell(
 ) -> None:
     source = write_public("llama")
     import_checkpoint(source, tmp_path / "out", ImportOptions(family="stable-diffcoder"))
-    assert load_spec(tmp_path / "out").block_size == 4
+    assert load_outline(tmp_path / "out").spec.block_size == 4
 
 
 def test_one_tensor_at_a_time(write_public: WritePublic, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -608,6 +639,11 @@ def lose_weights(folder: Path) -> None:
         path.unlink()
 
 
+def stop_at(folder: Path, listed: object) -> None:
+    text = json.dumps({"do_sample": True, "top_k": 20, "eos_token_id": listed})
+    (folder / "generation_config.json").write_text(text)
+
+
 ONES = torch.ones(4)
 GATE = "model.transformer.blocks.1.ff_proj.weight"
 # case: (family, tensors, config, damage to the folder, options, message)
@@ -664,6 +700,20 @@ BAD: dict[str, tuple[Any, ...]] = {
     "too many tokens": (
         "qwen2", None, {}, lambda f: forget_mask(f, 30), [], "ids up to 29 .* embeds 28",
     ),
+    "stop token by name": (
+        "sdar", None, {}, lambda f: stop_at(f, "<|im_end|>"), [],
+        "eos_token_id '<.im_end.>' in generation_config.json, .* is neither a token id nor a list",
+    ),
+    "stop token outside": (
+        "sdar", None, {}, lambda f: stop_at(f, [1, 99]), [], "eos_token_id 99 .* is no token of",
+    ),
+    "stop at the mask": (
+        "sdar", None, {}, lambda f: stop_at(f, 2), [], "eos_token_id 2 .* is the mask token",
+    ),
+    "cut stop tokens": (
+        "sdar", None, {}, lambda f: (f / "generation_config.json").write_text("{"), [],
+        "generation_config.json: cannot be read",
+    ),
     "ours already": (
         "dream", None, {}, lambda f: (f / "diffusion.json").write_text("{}"), [], "use it as it is",
     ),
@@ -688,11 +738,13 @@ def test_command_says_what_it_understood(write_public: WritePublic, tmp_path: Pa
     source, out = write_public("sdar"), tmp_path / "out"
     found = CliRunner().invoke(app, ["import", str(source), str(out)])
     assert found.exit_code == 0, found.output
-    assert "sdar, stock qwen3, block_causal, block_size 4" in found.stdout
+    told = "sdar, stock qwen3, block_causal, block_size 4 from the sequence's start"
+    assert told in found.stdout
+    assert "ends at <|endoftext|>\n" in found.stdout
     assert "<|mask|> (2), the checkpoint's own" in found.stdout
     again = CliRunner().invoke(app, ["import", str(source), str(out)])
     assert again.exit_code == 2 and "exists already" in again.stderr
-    assert load_spec(out).block_size == 4  # what was there still is
+    assert load_outline(out).spec.block_size == 4  # what was there still is
 
 
 def test_an_interrupted_import_leaves_nothing(

@@ -38,7 +38,7 @@ def gradients(values: Tensor, layer: nn.Linear, hidden: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("width", [1, 5, 36, 37, 100])
 def test_equals_the_plain_form(monkeypatch: pytest.MonkeyPatch, bias: bool, width: int) -> None:
     monkeypatch.setattr(models.head, "MIN_SLICE", 1)
-    monkeypatch.setattr(models.head, "LOGIT_BUDGET", 9 * width)
+    monkeypatch.setattr(models.head, "CPU_BUDGET", 9 * width)
     layer = layer_of(bias)
     head = TargetHead.over(layer)
     hidden = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
@@ -68,7 +68,7 @@ def test_without_targets_it_is_the_layer_it_was() -> None:
 
 
 def test_bf16_is_float32_arithmetic_on_rounded_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.head, "LOGIT_BUDGET", 1)
+    monkeypatch.setattr(models.head, "CPU_BUDGET", 1)
     monkeypatch.setattr(models.head, "MIN_SLICE", 8)
     layer = layer_of(bias=False, dtype=torch.bfloat16)
     hidden = torch.randn(9, 6).bfloat16().requires_grad_()
@@ -97,7 +97,7 @@ def test_autocast_rounds_as_a_linear_layer_does() -> None:
 
 def test_no_tensor_of_positions_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted: the largest tensor that any operation makes, forward and backward."""
-    monkeypatch.setattr(models.head, "LOGIT_BUDGET", 50 * 64)
+    monkeypatch.setattr(models.head, "CPU_BUDGET", 50 * 64)
     monkeypatch.setattr(models.head, "MIN_SLICE", 1)
     positions, vocabulary, width = 50, 4096, 4
     layer = nn.Linear(width, vocabulary, bias=False)
@@ -173,7 +173,7 @@ def test_parameters_and_gradients_of_the_model_stay_whose_they_are(tied: bool) -
 def test_deepspeed_gathers_the_head_when_it_is_used(
     monkeypatch: pytest.MonkeyPatch, tied: bool, stage: int
 ) -> None:
-    monkeypatch.setattr(models.head, "LOGIT_BUDGET", 1)
+    monkeypatch.setattr(models.head, "CPU_BUDGET", 1)
     monkeypatch.setattr(models.head, "MIN_SLICE", 7)
     optim = OptimConfig(lr=1e-2, schedule="constant", grad_clip=0.0, weight_decay=0.0)
     states = []

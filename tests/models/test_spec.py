@@ -14,6 +14,7 @@ GOOD: dict[str, Any] = {
     "logit_shift": False,
     "attention": "block_causal",
     "block_size": 4,
+    "block_origin": "prompt",
 }
 
 
@@ -25,6 +26,7 @@ def write(folder: Path, text: str) -> None:
     "change",
     [
         {},
+        {"block_origin": "sequence"},
         {"attention": "causal", "block_size": 1, "logit_shift": True},
         {"attention": "bidirectional", "block_size": None},
     ],
@@ -47,6 +49,11 @@ def test_there_and_back(tmp_path: Path, change: dict[str, Any]) -> None:
         ({"attention": "causal"}, "needs block_size 1"),
         ({"mask_token_id": "2"}, "mask_token_id must be a number"),
         ({"logit_shift": "no"}, "logit_shift true or false"),
+        ({"block_origin": "start"}, "'start' is none of prompt, sequence"),
+        (
+            {"attention": "causal", "block_size": 1, "block_origin": "sequence"},
+            'is for attention block_causal; causal needs "prompt"',
+        ),
         ({"blocksize": 4}, "blocksize"),
     ],
 )

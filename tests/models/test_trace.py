@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from common.records import Rollout
 from diffusion.layout import Sequence, TokenRows
 from diffusion.likelihood import estimate_logps
 from diffusion.views import EstimatorConfig
 from models.decoding import Decoder, DecodingConfig, Request
 from models.denoiser import Denoiser
+from rl.batch import sequence_of
 
 MakeDenoiser = Callable[..., Denoiser]
 MASK = 2
@@ -62,15 +64,12 @@ def test_trace_is_what_the_decoder_recorded(
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
     done = Decoder(denoiser, word_tokenizer).decode(requests, config)
     sequences = [
-        Sequence(
-            request.prompt_ids,
-            found.token_ids + found.tail_ids,
-            len(found.token_ids),
-            step_map=found.step_map,
-            undecided=LENGTH - len(found.step_map),
-        )
+        sequence_of(Rollout("p", 0, request.prompt_ids, found, 0, request.seed))
         for request, found in zip(requests, done, strict=True)
     ]
+    for sequence in sequences:
+        canvas = len(sequence.completion_ids) + sequence.undecided
+        assert canvas == LENGTH if attention == "bidirectional" else not sequence.undecided
     assert any(sequence.undecided for sequence in sequences) or decoding.get("block_size") != 4
     with torch.no_grad():
         logps = estimate_logps(

@@ -45,13 +45,17 @@ def canvas(rows: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 24, (rows, LENGTH), generator=generator(seed))
 
 
+def span_of(prompt: tuple[int, ...]) -> tuple[int, int]:
+    return len(prompt), len(prompt) + LENGTH
+
+
 def slots_of(prompts: Prompts, spare: int = 0) -> Slots:
     """A slot for each prompt, admitted, nothing decided; `spare` more places than are needed."""
     places = max(len(prompt) for prompt in prompts) + LENGTH + spare
     slots = Slots.make(len(prompts), places, (0, 0), 4, MASK, torch.device("cpu"))
     config = DecodingConfig(gen_length=LENGTH, temperature=0.0)
     for number, prompt in enumerate(prompts):
-        slots.admit(number, number, Request(prompt, 0), config, 4)
+        slots.admit(number, number, Request(prompt, 0), config, 4, span_of(prompt))
     slots.active = len(prompts)
     return slots
 
@@ -222,7 +226,7 @@ def test_a_slot_forgets_who_was_there(
         window = window_of(denoiser, slots)
         walk(window, slots, tokens)
         for slot, prompt in enumerate(prompts):
-            slots.admit(slot, slot, Request(prompt, 0), config, 4)
+            slots.admit(slot, slot, Request(prompt, 0), config, 4, span_of(prompt))
         window.admit(range(len(prompts)))
         window.hidden()
         pair = torch.tensor([6, 7]), torch.tensor([1, 2])

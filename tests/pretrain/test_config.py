@@ -13,6 +13,7 @@ from common.errors import UserError
 from pretrain.config import PretrainConfig
 from pretrain.stages import StageSection
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
 MakeValues = Callable[..., dict[str, Any]]
 
 
@@ -44,6 +45,9 @@ def test_a_good_config(tmp_path: Path, make_values: MakeValues) -> None:
         ("stages.1.name=ar", "stages must have different names"),
         ("stages.1.rows_per_micro_batch=3", r"stages\.1: .*multiple of rows_per_micro_batch"),
         ("stages.1.block_size=5", r"stages\.1: .*row_length must be a multiple of block_size"),
+        ("stages.2.canvas=64", r"stages\.2: .*canvas is for objective bidirectional; block sees"),
+        ("stages.1.block_origin=start", r"stages\.1\.block_origin"),
+        ("stages.0.block_origin=sequence", r"stages\.0: .*block_origin sequence is for objective"),
         ("stages.1.warmup.u_init=0.0", r"stages\.1\.warmup\.u_init"),
         ("tokenizer.vocab_size=100", r"tokenizer\.vocab_size"),
         ("engine.kind=jax", r"engine\.kind"),
@@ -56,6 +60,18 @@ def test_mistakes_name_key_and_file(
     with pytest.raises(UserError, match=message) as raised:
         load(tmp_path, make_values(tmp_path / "run"), override)
     assert "tiny.yaml" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_good(path: Path) -> None:
+    config = load_config(PretrainConfig, path)
+    assert config.stages[-1].data == "embedded:sft"
+
+
+def test_the_bidirectional_canvas_is_what_rl_decodes() -> None:
+    sft = load_config(PretrainConfig, CONFIGS / "bidirectional_cpu.yaml").stages[-1]
+    rl = yaml.safe_load((CONFIGS.parent / "rl" / "tiny_cpu.yaml").read_text())
+    assert sft.canvas == rl["rollout"]["decoding"]["gen_length"]
 
 
 def test_no_model_and_no_start(tmp_path: Path, make_values: MakeValues) -> None:
@@ -87,3 +103,9 @@ def test_what_a_stage_makes(
     spec = StageSection.model_validate_json(json.dumps(values)).spec(2)
     assert (spec.attention, spec.logit_shift, spec.block_size) == expected
     assert spec.mask_token_id == 2
+
+
+def test_a_stage_may_count_blocks_from_the_sequences_start(make_stage: MakeValues) -> None:
+    values = make_stage("s", "block", "embedded:sft", block_origin="sequence")
+    spec = StageSection.model_validate_json(json.dumps(values)).spec(2)
+    assert (spec.block_origin, spec.block_size) == ("sequence", 4)

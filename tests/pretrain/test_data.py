@@ -72,6 +72,16 @@ def test_completions_fill_blocks_counted_from_the_prompts_end(
         assert ends(found.ids) in (3, 7)
 
 
+def test_a_canvas_is_filled_to_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of a completion alone: plain text has no canvas, and ends once."""
+    examples = [Example("abcde", "x"), Example("abcdefgh", "xyz"), Example("ab")]
+    found = encode_examples(examples, tokenizer, 1, 32, seed=0, canvas=9)
+    assert [len(d.ids) - d.prompt_length for d in found] == [9, 9, 3]
+    assert [ends(d.ids) for d in found] == [4, 1, 1]
+    with pytest.raises(UserError, match="example 1 has 8 tokens and an end .* canvas is 8"):
+        encode_examples(examples, tokenizer, 1, 32, seed=0, canvas=8)
+
+
 def test_eos_is_drawn_by_seed_and_number(tokenizer: PreTrainedTokenizerFast) -> None:
     examples = [Example("ab", prompt="x")] * 50
 
@@ -80,6 +90,19 @@ def test_eos_is_drawn_by_seed_and_number(tokenizer: PreTrainedTokenizerFast) -> 
 
     assert encoded(0) == encoded(0) != encoded(1)
     assert encoded(0, slice(10)) == encoded(0)[:10]
+
+
+@pytest.mark.parametrize("prompt", ["x", "xy", "xyz"])
+def test_documents_fill_blocks_counted_from_their_start(
+    tokenizer: PreTrainedTokenizerFast, prompt: str
+) -> None:
+    examples = [Example("abcde", prompt)] * 20
+    found = encode_examples(examples, tokenizer, 4, 64, 0, block_origin="sequence")
+    assert {len(d.ids) % 4 for d in found} == {0}
+    ours = encode_examples(examples, tokenizer, 4, 64, 0)
+    # The text and the EOS tokens that teach are the same; only the filling differs.
+    for theirs, own in zip(found, ours, strict=True):
+        assert abs(len(theirs.ids) - len(own.ids)) < 4
 
 
 def test_an_example_longer_than_a_row(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -122,6 +145,14 @@ def test_rows_by_hand() -> None:
     assert rows.valid[0].int().tolist() == [1] * 9 + [0] * 2
     assert rows.tokens[1].tolist() == [10, 11] + [0] * 9
     assert rows.segment[1].tolist() == [0, 0] + [1] * 9
+
+
+def test_rows_from_the_documents_start_by_hand() -> None:
+    # A: plain. B: prompt of 3, completion of 3: blocks p p | p c | c c, the second is learned.
+    rows = to_tensors([[document(4), document(6, prompt=3)]], 12, 2, "sequence")
+    assert rows.block[0].tolist() == [0, 0, 1, 1] + [-1, -1, 0, 0, 1, 1] + [0, 0]
+    assert rows.segment[0].tolist() == [0, 0, 1, 1] + [2, 2, 3, 3, 4, 4] + [5, 5]
+    assert rows.supervised[0].int().tolist() == [1] * 4 + [0, 0, 0, 1, 1, 1] + [0, 0]
 
 
 def test_a_slice_of_rows() -> None:

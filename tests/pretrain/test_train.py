@@ -17,13 +17,16 @@ import yaml
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
+import pretrain.train
 from common.errors import UserError
 from models.checkpoint import import_checkpoint, load_checkpoint
 from models.decoding import Decoder, DecodingConfig, Request
 from models.public import ImportOptions
 from models.tokenizer import encode_prompt
 from pretrain.config import PretrainConfig
+from pretrain.data import RowStream
 from pretrain.sources import load_examples
+from pretrain.stages import run_stage
 from pretrain.train import Pretraining, main, stage_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -266,6 +269,40 @@ def test_other_objectives(tmp_path: Path, make_values: MakeValues, memory: Any) 
     specs = [load_checkpoint(folder).spec for folder in folders]
     assert [spec.attention for spec in specs] == ["causal", "causal", "bidirectional"]
     assert all(spec.logit_shift for spec in specs)
+    values["stages"][2]["canvas"] = 8
+    with pytest.raises(UserError, match=r"stages\.sft \(embedded:sft\): example 0 .* canvas is 8"):
+        Pretraining(config_of(values))
+
+
+@pytest.mark.parametrize("origin", ["prompt", "sequence"])
+def test_the_origin_of_blocks(
+    tmp_path: Path,
+    make_values: MakeValues,
+    memory: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    origin: str,
+) -> None:
+    """A stage's rows are cut as its checkpoint says that they are decoded."""
+    streams: list[RowStream] = []
+
+    def remember(stage: Any, engine: Any, stream: RowStream, *rest: Any) -> Any:
+        streams.append(stream)
+        return run_stage(stage, engine, stream, *rest)
+
+    monkeypatch.setattr(pretrain.train, "run_stage", remember)
+    values = make_values(tmp_path)
+    values["stages"] = [values["stages"][2] | {"block_origin": origin, "row_length": 512}]
+    (folder,) = Pretraining(config_of(values)).run(memory, memory)
+    assert load_checkpoint(folder).spec.block_origin == origin
+    (rows,) = streams[0].batches(1)
+    same = rows.document[:, 1:] == rows.document[:, :-1]
+    inside = same & rows.valid[:, 1:]
+    opens = (rows.block[:, 1:] != rows.block[:, :-1]) & inside
+    on_grid = rows.position[:, 1:][opens] % 4 == 0
+    assert bool(on_grid.all()) == (origin == "sequence")
+    lengths = rows.position[:, :-1][~same & rows.valid[:, 1:]] + 1  # of all but a row's last
+    assert len(lengths) > 4
+    assert bool((lengths % 4 == 0).all()) == (origin == "sequence")
 
 
 # The command
@@ -316,12 +353,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['{"stage": "block"', "[]", '{"seconds": 1.0}', '{"fingerprint": "a", "seconds": "long"}'],
+)
 def test_a_damaged_stage_record_names_the_file(
-    run: Path, tmp_path: Path, make_values: MakeValues
+    run: Path, tmp_path: Path, make_values: MakeValues, text: str
 ) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    (copy / "stages" / "block" / "stage.json").write_text('{"stage": "block"')
+    (copy / "stages" / "block" / "stage.json").write_text(text)
     result = command(tmp_path, make_values(copy))
     assert result.exit_code == 2
     assert "stage.json: damaged" in result.stderr and "remove" in result.stderr

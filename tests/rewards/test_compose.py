@@ -49,7 +49,7 @@ def test_equal_programs_under_equal_tests_run_once(fake, group):
     other = Problem("other", "", tests=("assert f(1) == 5",))
     rewarder = Rewarder(RewardConfig())
     answer = rewarder.score([group(GOOD, GOOD, HALF), group(GOOD, problem=other), group(GOOD)])
-    assert len(fake.cases) == 3
+    assert len(fake.cases) == len({case.id for case in fake.cases}) == 3
     assert all(score.total == 2.5 for score in scores(answer))
     assert answer.sums["sandbox/programs"] == 3
     assert answer.sums["sandbox/shared"] == 2

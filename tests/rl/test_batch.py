@@ -128,7 +128,10 @@ def test_rollout_metrics() -> None:
     assert metrics["rewards/failed_share"] == 0.0
     assert metrics["completions/length_mean"] == 3.0
     assert metrics["completions/clipped_ratio"] == 0.0
+    assert metrics["completions/distinct_ratio"] == pytest.approx(1 / 3)  # all three say the same
     assert metrics["decode/tokens_per_step"] == 1.0
+    orders = {f"decode/ar_{kind}@{k}" for kind in ("local", "global") for k in (1, 2, 4, 8)}
+    assert orders <= metrics.keys()
     assert metrics["decode/ar_local@1"] == metrics["decode/ar_global@4"] == 1.0
     # verdicts: one pass, two fails, and two fails of the failed reward
     assert metrics["sandbox/pass"] == pytest.approx(1 / 5)

@@ -10,7 +10,13 @@ import pytest
 
 from common.errors import UserError
 from common.records import Message, Problem, StdinTest
-from rl.data import EMBEDDED_COUNTS, ProblemStream, check_prompt_lengths, load_problems
+from rl.data import (
+    EMBEDDED_COUNTS,
+    ProblemStream,
+    check_prompt_lengths,
+    load_problems,
+    take_problems,
+)
 from rl.problems.splits import build_problems
 
 ROW: dict[str, Any] = {"prompt": "Add one.", "tests": ["assert f(1) == 2"]}
@@ -38,6 +44,14 @@ def test_embedded_sources() -> None:
     assert load_problems("embedded:rl", seed=4, count=9, limit=2) == build_problems("rl", 4, 2)
     assert len(load_problems("embedded:test")) == EMBEDDED_COUNTS["test"] >= 300
     assert load_problems("embedded:sft", count=1)[0].problem_id == "embedded/sft/0000"
+
+
+def test_a_number_of_problems_from_anywhere(tmp_path: Path) -> None:
+    assert take_problems("embedded:rl", 3, 4) == build_problems("rl", 4, 3)
+    assert len(take_problems("embedded:test", None, 4)) == EMBEDDED_COUNTS["test"]
+    source = write(tmp_path / "mine.jsonl", ROW, ROW, ROW)
+    assert take_problems(source, 2, 4) == load_problems(source)[:2]
+    assert take_problems(source, None, 4) == load_problems(source)
 
 
 def test_all_columns(tmp_path: Path) -> None:

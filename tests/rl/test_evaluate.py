@@ -19,9 +19,9 @@ from models.spec import DiffusionSpec
 from models.tokenizer import train_tokenizer
 from rl.estimates import (
     bootstrap,
+    difference,
     evaluation_metrics,
     mean_pass_at_k,
-    paired_difference,
     pass_at_1,
     pass_at_k,
     pass_rates,
@@ -77,13 +77,13 @@ def test_pairing_removes_what_both_stages_share() -> None:
     before = [group(f"p{i}", "p" if i < 40 else "f") for i in range(100)]
     after = [group(f"p{i}", "p" if i < 50 else "f") for i in range(100)]
     extra = [group("new", "p")]
-    difference = paired_difference(before, after + extra)
-    assert (difference.value, difference.n) == (pytest.approx(0.1), 100)
+    found = difference(pass_rates(before), pass_rates(after + extra))
+    assert (found.value, found.n) == (pytest.approx(0.1), 100)
     # Paired: se = sqrt(0.1 * 0.9 / 100) = 0.03, so the interval excludes zero; unpaired it would
     # be sqrt(0.24 / 100 + 0.25 / 100) = 0.07 and include it.
-    assert difference.low > 0.03
+    assert found.low > 0.03
     with pytest.raises(ValueError, match="in common"):
-        paired_difference(before, extra)
+        difference(pass_rates(before), pass_rates(extra))
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (6, 1, 4), (4, 4, 2), (4, 0, 4)])

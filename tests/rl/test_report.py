@@ -15,8 +15,9 @@ from common.errors import UserError
 from common.records import Completion, Group, Message, Problem, Rollout, Score
 from rl.estimates import Estimate
 from rl.figures import figures
-from rl.plots import COLOURS, Line, curves, running_mean, stacked
-from rl.report import clock, percent, stage_table, write_report
+from rl.page import clock, percent
+from rl.plots import COLOURS, HEAT, Line, curves, running_mean, stacked
+from rl.report import stage_table, write_report
 from rl.results import (
     Sample,
     StageResult,
@@ -255,10 +256,6 @@ def test_paired_difference_uses_common_problems_only() -> None:
 
 
 class FakeTokenizer:
-    """Token 9 ends the text."""
-
-    eos_token_id = 9
-
     def decode(self, ids: list[int]) -> str:
         return "".join(f"<{number}>" for number in ids)
 
@@ -291,6 +288,20 @@ def test_plots_take_their_colours_from_the_page() -> None:
     assert not any(colour in plot.svg for colour in COLOURS)
     assert "#000000" not in plot.svg  # black would vanish on a dark page
     assert 'aria-label="two curves"' in plot.svg
+
+
+def test_curves_to_compare_with_share_a_colour_and_are_not_in_the_legend() -> None:
+    hot = HEAT[7]
+    lines = [
+        Line("measured", {0.2: 0.5, 1.2: 0.7}, colour=hot),
+        Line("", {0.2: 0.4, 1.2: 0.4}, dashed=True, colour=hot),
+        Line("third", {0.2: 0.1}),
+    ]
+    plot = curves(lines, "by temperature", x_label="temperature")
+    assert plot is not None
+    assert plot.keys == (("measured", "var(--h8)"), ("third", "var(--s3)"))
+    assert "stroke-dasharray" in plot.svg and ">temperature<" in plot.svg
+    assert ">step<" not in plot.svg and hot not in plot.svg
 
 
 def test_the_same_numbers_draw_the_same_picture() -> None:

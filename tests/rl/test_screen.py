@@ -14,10 +14,10 @@ from rl.screen import MASK, Screen, coloured
 
 EOS, HIDDEN = 1, 2
 SNAPSHOTS = [
-    Snapshot(0, (HIDDEN, 4, HIDDEN, HIDDEN), 0),
-    Snapshot(0, (3, 4, HIDDEN, HIDDEN), 2),
-    Snapshot(0, (3, 4, HIDDEN, EOS), 2),
-    Snapshot(0, (3, 4, 5, EOS), 4),
+    Snapshot(0, (HIDDEN, 4, HIDDEN, HIDDEN), 0, 4),
+    Snapshot(0, (3, 4, HIDDEN, HIDDEN), 2, 4),
+    Snapshot(0, (3, 4, HIDDEN, EOS), 2, 3),
+    Snapshot(0, (3, 4, 5, EOS), 4, 3),
 ]
 DONE = Completion((3, 4, 5, EOS), (), "abc", "eos", (1, 0, 3, 2), (1.0,) * 4)
 
@@ -57,7 +57,7 @@ def test_several_completions_in_a_pipe_do_not_mix(tokenizer: PreTrainedTokenizer
     out = io.StringIO()
     with Screen(Console(file=out), tokenizer, 2, show_steps=False) as shown:
         for number in (0, 1):
-            shown.show(Snapshot(number, (3, 4), 2))
+            shown.show(Snapshot(number, (3, 4), 2, 2))
     assert out.getvalue() == ""
     shown.finish([DONE, DONE])
     assert out.getvalue() == "abc\nabc\n"

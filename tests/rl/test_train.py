@@ -21,7 +21,7 @@ from models.spec import DiffusionSpec
 from models.tokenizer import train_tokenizer
 from rl.checkpoint import Checkpoints
 from rl.config import load_train_config
-from rl.train import prepare, run_training
+from rl.train import prepare
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "rl"
 REWARD = '''
@@ -139,7 +139,7 @@ def test_a_public_folder_is_trained_as_it_is(
     overrides = [f"model.path={public}", "train.steps=1", "train.eval_every=0"]
     overrides.append("rollout.decoding.steps_per_block=8")
     settings = load_train_config(config_file, overrides)
-    run_training(settings, Notes(), SilentProgress())
+    prepare(settings).run(Notes(), SilentProgress())
     out = settings.run.path / "rl" / "hf"
     assert load_checkpoint(out).spec == DiffusionSpec(
         mask_token_id=2, logit_shift=True, attention="bidirectional", block_size=None
@@ -201,16 +201,15 @@ def test_straight_equals_interrupted_and_resumed(config_file: Path) -> None:
     """Bit for bit in parameters and metrics, also when Ctrl-C falls between two checkpoints."""
     there, here = config_file.parent / "straight", config_file.parent / "halves"
     straight = Notes()
-    run_training(
-        load_train_config(config_file, [f"run.folder={there}"]), straight, SilentProgress()
-    )
+    config = load_train_config(config_file, [f"run.folder={there}"])
+    prepare(config).run(straight, SilentProgress())
     config = load_train_config(config_file, [f"run.folder={here}"])
     first, second = Notes(stop_at=3), Notes()
     with pytest.raises(KeyboardInterrupt):
-        run_training(config, first, SilentProgress())
+        prepare(config).run(first, SilentProgress())
     latest = Checkpoints(here).latest()
     assert latest is not None
-    state = run_training(config, second, SilentProgress())
+    state = prepare(config).run(second, SilentProgress())
     assert state.step == 4
     done = int(latest.name.removeprefix("global_step_"))
     kept = [record for record in first.learned() if record[0] <= done]
@@ -236,7 +235,7 @@ def test_interrupt_closes_the_cluster(config_file: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(rl.train, "make_cluster", watched)
     with pytest.raises(KeyboardInterrupt):
-        run_training(load_train_config(config_file), Notes(stop_at=1), SilentProgress())
+        prepare(load_train_config(config_file)).run(Notes(stop_at=1), SilentProgress())
     assert closed == [True]
 
 
@@ -334,7 +333,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
 
 
 def test_a_finished_run_is_not_overwritten(config_file: Path) -> None:
-    run_training(load_train_config(config_file, ["train.steps=1"]), Notes(), SilentProgress())
+    prepare(load_train_config(config_file, ["train.steps=1"])).run(Notes(), SilentProgress())
     result = invoke("--config", config_file, "run.resume=never")
     assert result.exit_code == 2
     assert "run.resume=never" in result.stderr
@@ -342,7 +341,7 @@ def test_a_finished_run_is_not_overwritten(config_file: Path) -> None:
 
 def test_a_damaged_checkpoint_is_refused_in_one_line(config_file: Path) -> None:
     config = load_train_config(config_file, ["train.steps=2"])
-    run_training(config, Notes(), SilentProgress())
+    prepare(config).run(Notes(), SilentProgress())
     latest = Checkpoints(config.run.path).latest()
     assert latest is not None
     for file in (latest / "policy").glob("*.pt"):
@@ -356,10 +355,10 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(config_file: Path) -> None:
 
 def test_a_lost_export_is_made_again(config_file: Path) -> None:
     config = load_train_config(config_file, ["train.steps=1"])
-    run_training(config, Notes(), SilentProgress())
+    prepare(config).run(Notes(), SilentProgress())
     (config.run.path / "rl" / "hf" / "training_step.json").unlink()
     notes = Notes()
-    run_training(config, notes, SilentProgress())
+    prepare(config).run(notes, SilentProgress())
     assert (config.run.path / "rl" / "hf" / "training_step.json").is_file()
     assert notes.records == []
 

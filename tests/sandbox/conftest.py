@@ -30,7 +30,7 @@ from sandbox.remote import BOOT_COMMAND, BridgedHome, greeting
 from sandbox.service import Sandbox
 
 LIMITS = Limits(seconds=1.5, memory_mib=256, processes=8, output_kib=64, disk_mib=4)
-PATIENT = dataclasses.replace(LIMITS, seconds=60.0)  # where the verdict must not be a timeout
+PATIENT = dataclasses.replace(LIMITS, seconds=60.0)
 HONEST = Case(
     id="honest", code="def f(x):\n    return x + 1", tests=("assert f(41) == 42",), limits=PATIENT
 )
@@ -63,6 +63,24 @@ def sandbox(request):
 def in_bare_container(sandbox) -> bool:
     """Whether a program sees the files of its container, for want of Landlock."""
     return sandbox.backend == "docker" and sandbox._launcher.level == "container"
+
+
+@pytest.fixture
+def hurried() -> Limits:
+    """Tight, for what must be ended; the `judge` fixture's own."""
+    return LIMITS
+
+
+@pytest.fixture
+def patient() -> Limits:
+    """As tight, but with time: where the verdict must not be a timeout."""
+    return PATIENT
+
+
+@pytest.fixture
+def no_pass() -> set[str]:
+    """What a program that earned nothing may get."""
+    return {"fail", "timeout", "oom", "output_limit", "crash", "exited"}
 
 
 @pytest.fixture

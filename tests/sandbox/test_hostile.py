@@ -8,11 +8,7 @@ import dataclasses
 
 import pytest
 
-from sandbox.records import Case, Limits
-
-LIMITS = Limits(seconds=1.5, memory_mib=256, processes=8, output_kib=64, disk_mib=4)
-PATIENT = dataclasses.replace(LIMITS, seconds=60.0)  # where the verdict must not be a timeout
-NO_PASS = {"fail", "timeout", "oom", "output_limit", "crash", "exited"}
+from sandbox.records import Case
 
 EXITS = {
     "sys_exit_at_load": "import sys\nsys.exit(0)",
@@ -410,11 +406,11 @@ GROUPS = {**EXITS, **LIES, **SEARCHES, **FORGERIES}
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_does_not_pass(judge, in_bare_container, name):
+def test_does_not_pass(judge, in_bare_container, name, no_pass):
     code = GROUPS[name]
     if in_bare_container:
         code = code.replace("'self', ", "")  # its own memory: there it finds what it looks for
-    assert judge(code) in NO_PASS
+    assert judge(code) in no_pass
 
 
 @pytest.mark.parametrize(
@@ -429,21 +425,21 @@ def test_does_not_pass(judge, in_bare_container, name):
         ("equal_to_all", "fail"),
     ],
 )
-def test_verdicts_say_what_happened(judge, name, verdict):
-    assert judge(GROUPS[name], limits=PATIENT) == verdict
+def test_verdicts_say_what_happened(judge, name, verdict, patient):
+    assert judge(GROUPS[name], limits=patient) == verdict
 
 
-def test_tests_after_an_exit_are_judged_on_their_own(sandbox):
+def test_tests_after_an_exit_are_judged_on_their_own(sandbox, hurried):
     code = "import os, time\ndef f(x):\n    os._exit(0) if x == 1 else None\n"
     code += "    time.sleep(600) if x == 3 else None\n    return x"
     tests = tuple(f"assert f({i}) == {i}" for i in range(5))
-    limits = dataclasses.replace(LIMITS, seconds=4.0)
+    limits = dataclasses.replace(hurried, seconds=4.0)
     result = sandbox.run([Case(id="x", code=code, tests=tests, limits=limits)])[0]
     verdicts = [test.verdict for test in result.tests]
     assert verdicts == ["pass", "exited", "pass", "timeout", "pass"]
 
 
-def test_nothing_is_left_for_the_next_test(sandbox):
+def test_nothing_is_left_for_the_next_test(sandbox, patient):
     code = """
 import builtins, os, signal, sys
 def f(x):
@@ -458,11 +454,11 @@ def f(x):
     return found
 """
     tests = ("assert f(0) is False",) * 3
-    result = sandbox.run([Case(id="x", code=code, tests=tests, limits=PATIENT)])[0]
+    result = sandbox.run([Case(id="x", code=code, tests=tests, limits=patient)])[0]
     assert result.pass_rate == 1.0, result
 
 
-def test_a_daemon_of_one_test_does_not_meet_the_next(sandbox):
+def test_a_daemon_of_one_test_does_not_meet_the_next(sandbox, patient):
     code = """
 import os, time
 def f(x):
@@ -476,5 +472,5 @@ def f(x):
     return os.path.exists('daemon') or os.path.exists('/tmp/daemon')
 """
     tests = ("assert f(1) in (True, False)", "assert f(2) is False")
-    result = sandbox.run([Case(id="x", code=code, tests=tests, limits=PATIENT)])[0]
+    result = sandbox.run([Case(id="x", code=code, tests=tests, limits=patient)])[0]
     assert result.pass_rate == 1.0, result

@@ -3,7 +3,6 @@
 The `judge` fixture proves after each that an honest case passes and nothing is left.
 """
 
-import dataclasses
 import os
 import socket
 import subprocess
@@ -14,12 +13,8 @@ from pathlib import Path
 import pytest
 
 from sandbox import cgroup
-from sandbox.records import Case, Limits, StdinTest
+from sandbox.records import Case, StdinTest
 from sandbox.service import Sandbox
-
-LIMITS = Limits(seconds=1.5, memory_mib=256, processes=8, output_kib=64, disk_mib=4)
-PATIENT = dataclasses.replace(LIMITS, seconds=60.0)  # where the verdict must not be a timeout
-NO_PASS = {"fail", "timeout", "oom", "output_limit", "crash", "exited"}
 
 BOMBS = {
     "endless_loop": "def f(x):\n    while True: pass",
@@ -359,8 +354,8 @@ def f(x):
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_does_not_pass(judge, name):
-    assert judge(BOMBS[name]) in NO_PASS
+def test_does_not_pass(judge, name, no_pass):
+    assert judge(BOMBS[name]) in no_pass
 
 
 @pytest.mark.parametrize(
@@ -373,8 +368,8 @@ def test_does_not_pass(judge, name):
         ("big_answer", "output_limit"),
     ],
 )
-def test_verdicts_say_what_happened(judge, name, verdict):
-    assert judge(BOMBS[name], limits=LIMITS if verdict == "timeout" else PATIENT) == verdict
+def test_verdicts_say_what_happened(judge, name, verdict, patient, hurried):
+    assert judge(BOMBS[name], limits=hurried if verdict == "timeout" else patient) == verdict
 
 
 @pytest.fixture
@@ -411,7 +406,7 @@ def host(tmp_path):
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_cannot_reach_outside(judge, sandbox, in_bare_container, name, host):
+def test_cannot_reach_outside(judge, sandbox, in_bare_container, name, host, patient):
     code = OUTSIDE[name]
     if in_bare_container:
         if name == "sees_other_processes":
@@ -420,7 +415,7 @@ def test_cannot_reach_outside(judge, sandbox, in_bare_container, name, host):
         code = code.replace("'/etc/passwd', ", "").replace("'/dev/ptmx', ", "")
     for word, text in host.items():
         code = code.replace(word, text)
-    verdict = judge(code, "assert f(0) == 0", PATIENT)
+    verdict = judge(code, "assert f(0) == 0", patient)
     if sandbox.backend == "docker" and name.startswith("fills"):
         assert verdict in ("pass", "output_limit")  # refused by the tmpfs, or seen before that
     elif sandbox.backend == "landlock" and name.startswith("fills"):
@@ -436,17 +431,17 @@ SPREAD = {
 
 
 @pytest.mark.parametrize("kind", SPREAD)
-def test_memory_spread_over_processes_is_bounded(judge, kind):
+def test_memory_spread_over_processes_is_bounded(judge, kind, patient):
     """Each stays below its own limit; together they do not."""
-    assert judge(spread(kind), limits=PATIENT) == "oom"
+    assert judge(spread(kind), limits=patient) == "oom"
 
 
 @pytest.mark.parametrize("level", ["namespace", "landlock"])
-def test_the_sum_is_bounded_without_control_groups(level, monkeypatch):
+def test_the_sum_is_bounded_without_control_groups(level, monkeypatch, patient):
     monkeypatch.setattr(cgroup, "make", lambda: None)
     with Sandbox(level, workers=1) as made:
         for kind in SPREAD:
-            case = Case(id=kind, code=spread(kind), tests=("assert f(41) == 42",), limits=PATIENT)
+            case = Case(id=kind, code=spread(kind), tests=("assert f(41) == 42",), limits=patient)
             assert made.run([case])[0].tests[0].verdict == "oom"
 
 
@@ -463,7 +458,7 @@ def f(x):
 """
 
 
-def test_processes_that_share_their_memory_are_no_bomb(judge):
+def test_processes_that_share_their_memory_are_no_bomb(judge, patient):
     """Six forks of 150 MiB that nobody wrote to again are 150 MiB."""
     code = """
 import os, time
@@ -476,10 +471,10 @@ def f(x):
     if not pids[-1]: os._exit(0)
     return x + len([os.waitpid(pid, 0) for pid in pids]) - 5
 """
-    assert judge(code, limits=PATIENT) == "pass"
+    assert judge(code, limits=patient) == "pass"
 
 
-def test_orphans_die_with_their_test(judge):
+def test_orphans_die_with_their_test(judge, patient):
     """A daemon that left its session must be gone when the verdict is there."""
     mark = f"unmask-orphan-{os.getpid()}-{time.monotonic_ns()}"
     code = f"""
@@ -494,7 +489,7 @@ def f(x):
     time.sleep(0.2)
     return 42
 """
-    assert judge(code, limits=PATIENT) == "pass"
+    assert judge(code, limits=patient) == "pass"
     assert mark not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
 
@@ -511,13 +506,13 @@ def f(x):
         ("print(8)\nimport os, time\nif os.fork() == 0: time.sleep(300)", "pass"),
     ],
 )
-def test_stdin_programs(sandbox, code, verdict):
-    limits = LIMITS if verdict == "timeout" else PATIENT
+def test_stdin_programs(sandbox, code, verdict, patient, hurried):
+    limits = hurried if verdict == "timeout" else patient
     case = Case(id="x", code=code, stdin_tests=(StdinTest("4\n", "8\n"),), limits=limits)
     assert sandbox.run([case])[0].tests[0].verdict == verdict
 
 
-def test_what_is_too_deep_for_a_path_is_removed_too(judge):
+def test_what_is_too_deep_for_a_path_is_removed_too(judge, patient):
     code = """
 import os
 def f(x):
@@ -528,4 +523,4 @@ def f(x):
     os.chmod('.', 0)
     return x + 1
 """
-    assert judge(code, limits=PATIENT) in {"pass", "output_limit"}
+    assert judge(code, limits=patient) in {"pass", "output_limit"}
