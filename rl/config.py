@@ -91,6 +91,11 @@ class ClusterConfig(Section):
 
     address: of a running Ray cluster; None uses RAY_ADDRESS, or starts one here.
     timeout_s: longest wait for any one answer of a worker.
+    weights: `object_store`: rollout workers pull new weights when they next work; `broadcast`: they
+        also receive them while they are published (NCCL between GPUs, else gloo).
+    wire: `engine`: weights travel as the learner's forward pass has them, so that rollouts come
+        from the very policy that is trained; `bf16` halves the bytes of an fp32 engine, and
+        rollouts come from its rounding.
     """
 
     kind: Literal["local", "ray"] = "local"
@@ -99,6 +104,8 @@ class ClusterConfig(Section):
     reward: PoolConfig = PoolConfig()
     learner: LearnerConfig = LearnerConfig()
     timeout_s: float = Field(default=600.0, gt=0)
+    weights: Literal["object_store", "broadcast"] = "object_store"
+    wire: Literal["engine", "bf16"] = "engine"
 
 
 class ScheduleConfig(Section):
@@ -199,6 +206,11 @@ def _impossible(config: TrainConfig) -> list[tuple[bool, str]]:
             config.engine.kind == "torch" and cluster.learner.ranks > 1,
             f"engine.kind=torch runs on 1 rank, not cluster.learner.ranks={cluster.learner.ranks}; "
             "set engine.kind=deepspeed",
+        ),
+        (
+            cluster.kind == "local" and cluster.weights == "broadcast",
+            "cluster.weights=broadcast sends between processes, but cluster.kind=local has one; "
+            "set cluster.kind=ray",
         ),
         *_impossible_pools(cluster),
     ]

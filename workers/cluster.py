@@ -7,73 +7,26 @@ resumes from its checkpoint. Weights go through the object store, never through 
 
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
-from common.errors import InfrastructureError
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
 from rl.config import LearnerConfig, PoolConfig, TrainConfig
-from workers.learner import LearnerPlan, LearnerWorker
-from workers.placement import Actor, Pending, check_fits, connect, find, launch, ray, wait
+from workers.learner import LearnerPlan, LearnerWorker, wire_dtype
+from workers.placement import Actor, check_fits, connect, launch, ray, wait
+from workers.ray_weights import WEIGHTS, RayWeightStore
 from workers.reward import RewardWorker, join
 from workers.rollout import RolloutWorker, rollout_dtype
 from workers.shelf import WeightShelf
-from workers.weights import (
-    INITIAL_VERSION,
-    KEEP_VERSIONS,
-    checksum,
-)
+from workers.weights import INITIAL_VERSION, KEEP_VERSIONS
+from workers.wire import version_bytes
 
 T = TypeVar("T")
-WEIGHTS = "weights"
 CLOSE_TIMEOUT_S = 3.0
-
-
-class RayWeightStore:
-    """A `WeightStore` whose tensors lie in Ray's object store: shared memory within a node."""
-
-    def __init__(self, run: str, log: Path, timeout_s: float) -> None:
-        self._run = run
-        self._log = log
-        self._timeout_s = timeout_s
-
-    @property
-    def _shelf(self) -> Actor:
-        return find(self._run, WEIGHTS, self._log)
-
-    def publish(self, version: int, buckets: Iterable[Mapping[str, Tensor]]) -> None:
-        """See `WeightStore`. The bytes belong to the publisher's process and go when it does."""
-        refs, total = [], 0
-        for bucket in buckets:
-            total = checksum(bucket, total)
-            refs.append(ray.put(dict(bucket)))
-        self._ask("publish", version, refs, total)
-
-    def newest(self) -> int:
-        """See `WeightStore`."""
-        version: int = self._ask("newest")
-        return version
-
-    def fetch(self, version: int | None = None) -> tuple[int, dict[str, Tensor]]:
-        """See `WeightStore`."""
-        found, refs, total = self._ask("fetch", version)
-        shelf = self._shelf
-        buckets = wait([Pending(shelf, "fetch", ref) for ref in refs], self._timeout_s)
-        check = 0
-        for bucket in buckets:
-            check = checksum(bucket, check)
-        if check != total:
-            raise InfrastructureError(f"weights: version {found} arrived damaged (checksum)")
-        return found, {name: value for bucket in buckets for name, value in bucket.items()}
-
-    def _ask(self, method: str, *args: Any) -> Any:
-        return wait([self._shelf.call(method, *args)], self._timeout_s)[0]
 
 
 class RayCluster:
@@ -109,7 +62,7 @@ class RayCluster:
     def _launch(self, with_learner: bool) -> None:
         wanted = _resources(self._config, with_learner)
         folder = Path(self._config.model.path).resolve()
-        weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        weight_bytes = version_bytes(folder, wire_dtype(self._config))
         cpus = sum(pool["CPU"] for pool in wanted.values())
         self._owns_ray = connect(self._config.cluster.address, cpus, weight_bytes)
         check_fits(wanted)
@@ -151,8 +104,7 @@ class RayCluster:
             rollout_dtype(self._config.engine),
         )
         return [
-            self._start_one(f"rollout-{i}", build, pool, restarts=True, tensors=True)
-            for i in range(pool.min)
+            self._start_one(f"rollout-{i}", build, pool, restarts=True) for i in range(pool.min)
         ]
 
     def _start_rewards(self) -> list[Actor]:
@@ -171,7 +123,6 @@ class RayCluster:
                 f"learner-{rank}",
                 partial(build, rank, pool.ranks, pool.threads),
                 pool,
-                tensors=True,
             )
             for rank in range(pool.ranks)
         ]

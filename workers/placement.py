@@ -170,8 +170,7 @@ class Shell:
     def __init__(self, log: str, secrets: bool, build: Callable[[], Any]) -> None:
         _redirect_output(Path(log))
         # Weights are read where they lie, by readers that only copy from them.
-        for message in ("Zero-copy tensor", "The given NumPy array is not writable"):
-            warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         if not secrets:
             for name in filter(is_secret, list(os.environ)):
                 del os.environ[name]
@@ -255,7 +254,6 @@ def launch(
     threads: int = 1,
     restarts: bool = False,
     secrets: bool = True,
-    tensors: bool = False,
     local: bool,
 ) -> Actor:
     """Start an actor around `build()` and return at once.
@@ -264,14 +262,10 @@ def launch(
         run: prefix that makes the name unique in the cluster, for `find`.
         restarts: bring it back when it dies and repeat its unfinished calls (pure functions only).
         secrets: False keeps tokens and keys out of its environment.
-        tensors: it sends or receives weights.
         local: this process started Ray, so the checkout is not shipped but found by its path.
     """
     # A log file wants no progress bars.
     environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-    if tensors:
-        # Costs Ray's start the import of torch, so those without a model go without.
-        environment["RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"] = "1"
     if local:
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

@@ -17,7 +17,7 @@ from common.errors import InfrastructureError, UserError
 from common.records import Completion, Group, Problem, Rollout, Scored
 from models.decoding import DecodingConfig
 from rl.config import TrainConfig
-from workers.cluster import RayCluster, RayWeightStore, split_evenly
+from workers.cluster import RayCluster, split_evenly
 from workers.local import LocalCluster
 from workers.reward import join
 
@@ -246,31 +246,6 @@ def test_a_killed_rollout_worker_answers_with_the_newest_weights(
     os.kill(cluster.pids["learner-0"], signal.SIGKILL)
     with pytest.raises(InfrastructureError, match=r"learner-0 failed in `update`.*learner-0\.log"):
         cluster.update(scored_groups, 1)
-
-
-@pytest.mark.ray
-def test_weights_over_ray(ray_started: None, tmp_path: Path) -> None:
-    from functools import partial
-
-    from workers.placement import launch, ray, wait
-    from workers.shelf import WeightShelf
-
-    log = tmp_path / "weights.log"
-    build = partial(WeightShelf, 2, 0)
-    shelf = launch("weights", log, build, run=tmp_path.name, num_cpus=0, local=False)
-    store = RayWeightStore(tmp_path.name, log, timeout_s=60)
-    assert store.newest() == 0
-    for version in (1, 2, 3):
-        store.publish(version, [{"a": torch.full((4,), version)}, {"b": torch.ones(2, 2)}, {}])
-    assert store.newest() == 3
-    version, state = store.fetch(2)
-    assert (version, list(state), state["a"].tolist()) == (2, ["a", "b"], [2, 2, 2, 2])
-    with pytest.raises(InfrastructureError, match=r"no version 1; the store holds \[2, 3\]"):
-        store.fetch(1)
-    wait([shelf.call("publish", 4, [ray.put({"a": torch.zeros(4)})], 12345)], 60)
-    with pytest.raises(InfrastructureError, match="version 4 arrived damaged"):
-        store.fetch()
-    ray.kill(shelf.handle)
 
 
 @pytest.mark.ray

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.records import Group
 from models.checkpoint import load_checkpoint
 from rl.config import TrainConfig
-from workers.learner import LearnerPlan, LearnerWorker
+from workers.learner import LearnerPlan, LearnerWorker, wire_dtype
 from workers.weights import LocalWeightStore
 
 MakeConfig = Callable[..., TrainConfig]
@@ -25,7 +25,8 @@ def learner(config: TrainConfig) -> tuple[LearnerWorker, LocalWeightStore]:
 
 
 def weights(store: LocalWeightStore) -> dict[str, torch.Tensor]:
-    return store.fetch()[1]
+    pieces = (piece for bucket in store.fetch()[1] for piece in bucket.pieces)
+    return {piece.name: piece.values.view(piece.shape) for piece in pieces}
 
 
 def test_update_moves_what_is_published(
@@ -84,6 +85,31 @@ def test_export_loads_in_stock_transformers(
     for name, value in weights(store).items():
         assert torch.equal(dict(model.named_parameters())[name], value), name
     assert load_checkpoint(tmp_path / "hf").spec.block_size == 4
+
+
+def test_bf16_on_the_wire_is_the_cast_of_what_fp32_sends(make_config: MakeConfig) -> None:
+    whole, whole_store = learner(make_config())
+    narrow, narrow_store = learner(make_config(cluster={"wire": "bf16"}))
+    whole.publish(1), narrow.publish(1)
+    assert any(not torch.equal(v, v.bfloat16().float()) for v in weights(whole_store).values())
+    for name, value in weights(narrow_store).items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, weights(whole_store)[name].bfloat16()), name
+
+
+@pytest.mark.parametrize(
+    ("precision", "wire", "expected"),
+    [
+        ("fp32", "engine", torch.float32),
+        ("bf16", "engine", torch.bfloat16),
+        ("fp32", "bf16", torch.bfloat16),
+    ],
+)
+def test_weights_travel_as_the_engine_computes(
+    make_config: MakeConfig, precision: str, wire: str, expected: torch.dtype
+) -> None:
+    config = make_config(engine={"precision": precision}, cluster={"wire": wire})
+    assert wire_dtype(config) == expected
 
 
 def test_two_ranks_need_a_meeting_point(make_config: MakeConfig) -> None:
