@@ -16,16 +16,19 @@ from typing import Any, TypeVar
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
 from rl.config import LearnerConfig, PoolConfig, TrainConfig
+from workers.broadcast import BroadcastWeightStore, Patience
 from workers.learner import LearnerPlan, LearnerWorker, wire_dtype
 from workers.placement import Actor, check_fits, connect, launch, ray, wait
-from workers.ray_weights import WEIGHTS, RayWeightStore
+from workers.ray_weights import WEIGHTS, Line, RayWeightStore, node_address
 from workers.reward import RewardWorker, join
 from workers.rollout import RolloutWorker, rollout_dtype
+from workers.roster import Roster
 from workers.shelf import WeightShelf
-from workers.weights import INITIAL_VERSION, KEEP_VERSIONS
+from workers.weights import INITIAL_VERSION, KEEP_VERSIONS, WeightStore
 from workers.wire import version_bytes
 
 T = TypeVar("T")
+ROSTER = "roster"
 CLOSE_TIMEOUT_S = 3.0
 
 
@@ -66,8 +69,7 @@ class RayCluster:
         cpus = sum(pool["CPU"] for pool in wanted.values())
         self._owns_ray = connect(self._config.cluster.address, cpus, weight_bytes)
         check_fits(wanted)
-        shelf = self._start_one(WEIGHTS, partial(WeightShelf, KEEP_VERSIONS, INITIAL_VERSION))
-        self._weights = RayWeightStore(self._name, shelf.log, self._timeout_s)
+        self._weights = self._start_store()
         # All start at once: most of a start is importing torch.
         self._learners = self._start_learners() if with_learner else []
         self._rollouts = self._start_rollouts()
@@ -92,6 +94,20 @@ class RayCluster:
         actor = launch(name, log, build, run=self._name, local=self._owns_ray, **options)
         self._actors.append(actor)
         return actor
+
+    def _start_store(self) -> WeightStore:
+        shelf = self._start_one(WEIGHTS, partial(WeightShelf, KEEP_VERSIONS, INITIAL_VERSION))
+        pull = RayWeightStore(self._name, shelf.log, self._timeout_s)
+        if not self._broadcasts:
+            return pull
+        roster = self._start_one(ROSTER, Roster)
+        line = Line(self._name, ROSTER, roster.log, self._timeout_s)
+        patience = Patience(whole_s=self._timeout_s)
+        return BroadcastWeightStore(pull, line.ask, patience, node_address)
+
+    @property
+    def _broadcasts(self) -> bool:
+        return self._config.cluster.weights == "broadcast"
 
     def _start_rollouts(self) -> list[Actor]:
         pool = self._config.cluster.rollout
@@ -183,7 +199,12 @@ class RayCluster:
 
     def sync_weights(self) -> int:
         """See `rl.loop.Cluster`."""
-        self._version = self._on_learners("publish", self._version + 1)[0]
+        version = self._version + 1
+        if self._broadcasts:
+            # Nobody waits for them: one that is busy or dead pulls before it serves.
+            for rollout in self._rollouts:
+                rollout.call("receive", version)
+        self._version = self._on_learners("publish", version)[0]
         return self._version
 
     def save(self, folder: Path) -> None:

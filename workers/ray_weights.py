@@ -20,6 +20,11 @@ WEIGHTS = "weights"
 AHEAD = 2
 
 
+def node_address() -> str:
+    """This node's address, as the others of the cluster reach it."""
+    return str(ray.util.get_node_ip_address())
+
+
 @dataclass(frozen=True)
 class Line:
     """A way to ask a named actor of a run from any process of its cluster; may be pickled."""

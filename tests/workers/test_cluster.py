@@ -142,6 +142,31 @@ def test_ray_equals_local(
     assert logs == ["learner-0.log", "reward-0.log", "rollout-0.log", "weights.log"]
 
 
+@pytest.mark.ray
+def test_broadcast_equals_pulling_and_survives_a_death(
+    expected: dict[str, Any],
+    ray_config: MakeConfig,
+    open_cluster: Callable[..., RayCluster],
+    problems: list[Problem],
+    tmp_path: Path,
+) -> None:
+    config = ray_config(rollouts=2)
+    chosen = config.cluster.model_copy(update={"weights": "broadcast"})
+    cluster = open_cluster(config.model_copy(update={"cluster": chosen}))
+    assert_equal_runs(a_run(cluster, problems, tmp_path / "ray"), expected)
+    roster = cluster._weights._ask
+    first = roster("plan", 3)
+    assert len(first.members) == 2 and first == roster("plan", 2)  # one group for all versions
+    os.kill(cluster.pids["rollout-0"], signal.SIGKILL)
+    assert cluster.sync_weights() == 4
+    groups = cluster.generate(problems, seed=1).result(250)
+    assert {r.policy_version for group in groups for r in group.rollouts} == {4}
+    # The one that came back is a member like any other.
+    assert cluster.sync_weights() == 5
+    assert len(roster("plan", 5).members) == 2
+    assert roster("plan", 5).generation > first.generation
+
+
 CODES = ["def f(x):\n    return x + 1", "def f(x):\n    return 2", "def f(x:", "while True: pass"]
 TESTED = {
     "functions": [{"name": "code", "weight": 2.0}, {"name": "code_format", "weight": 0.5}],
