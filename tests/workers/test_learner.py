@@ -1,7 +1,8 @@
 """One learner rank without Ray: update, publish, save, load, export."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
 from common.records import Group
+from models import deepspeed_engine
 from models.checkpoint import load_checkpoint
 from rl.config import TrainConfig
 from workers.learner import LearnerPlan, LearnerWorker, wire_dtype
@@ -71,6 +73,41 @@ def test_save_and_load_continue_exactly(
     straight.publish(1), resumed.publish(1)
     for name, value in weights(straight_store).items():
         assert torch.equal(value, weights(resumed_store)[name]), name
+
+
+def test_zero_3_is_gathered_bucket_by_bucket(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, store = learner(make_config(engine={"zero_stage": 3}))
+    engine = worker._engine
+    parameters = list(engine._engine.module.parameters())  # type: ignore[attr-defined]
+    largest = max(4 * value.ds_numel for value in parameters)
+    whole = sum(4 * value.ds_numel for value in parameters)
+
+    def gathered() -> int:
+        """Bytes of parameters that are whole on this rank, beside its shards."""
+        return sum(4 * value.numel() for value in parameters)
+
+    seen: list[int] = []
+    export = deepspeed_engine.export_tensor
+
+    def watching(value: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(gathered())
+        return export(value, *rest)
+
+    def small(max_bytes: int = largest) -> Iterator[dict[str, torch.Tensor]]:
+        for bucket in buckets(largest):
+            assert gathered() == 0  # while a bucket is on its way nothing is gathered
+            assert sum(4 * value.numel() for value in bucket.values()) <= largest
+            yield bucket
+
+    monkeypatch.setattr(deepspeed_engine, "export_tensor", watching)
+    buckets = engine.state_buckets
+    monkeypatch.setattr(engine, "state_buckets", small)
+    worker.publish(1)
+    assert len(seen) == len(parameters)
+    assert 0 < max(seen) <= largest < whole / 2
+    assert sum(value.numel() * 4 for value in weights(store).values()) == whole
 
 
 @pytest.mark.parametrize("stage", [0, 3])
