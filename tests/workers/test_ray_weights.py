@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from workers.wire import Bucket, Piece, cut
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:The given NumPy array")]
 MIB = 2**20
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def buckets(value: float, count: int = 3, mib: int = 1) -> Iterator[Bucket]:
@@ -217,3 +219,82 @@ def test_piece_of_a_large_array_is_no_copy_of_the_whole() -> None:
     raw = piece.__reduce__()[1][1]
     assert isinstance(raw, np.ndarray)
     assert raw.nbytes == 4 * MIB
+
+
+TWO_NODES = """
+import sys, time
+from functools import partial
+from pathlib import Path
+
+import ray
+import torch
+from ray._private.internal_api import node_stats
+from ray.cluster_utils import Cluster
+
+from workers.placement import launch
+from workers.ray_weights import WEIGHTS, RayWeightStore
+from workers.shelf import WeightShelf
+from workers.wire import cut
+
+MIB = 2**20
+folder = Path(sys.argv[1])
+node = {"num_cpus": 2, "object_store_memory": 100 * MIB}
+cluster = Cluster(initialize_head=True, head_node_args=node)
+other = cluster.add_node(**node, resources={"other": 2})
+ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+
+
+class Reader:
+    def __init__(self, store):
+        self.store = store
+
+    def begin(self):
+        self.begun = self.store.fetch()[1]
+        next(self.begun)
+
+    def read(self):
+        buckets = self.store.fetch()[1]
+        total = sum(float(piece.values[-1]) for bucket in buckets for piece in bucket.pieces)
+        return total, ray.get_runtime_context().get_node_id()
+
+
+def arrived():
+    "MiB that ever came to the other node's store."
+    [there] = [n for n in ray.nodes() if n["NodeID"] == other.node_id]
+    stats = node_stats(there["NodeManagerAddress"], there["NodeManagerPort"], False).store_stats
+    return stats.cumulative_created_bytes / MIB
+
+
+build = partial(WeightShelf, 2, 0)
+shelf = launch(WEIGHTS, folder / "w.log", build, run="r", num_cpus=0, local=True)
+store = RayWeightStore("r", shelf.log, 60)
+state = {f"w{i}": torch.full((2 * MIB,), i + 1.0) for i in range(5)}
+store.publish(1, cut([state], None, 8 * MIB))
+readers = [ray.remote(Reader).options(resources={"other": 1}).remote(store) for _ in range(2)]
+# The next two buckets come while the first is being read, and no more.
+ray.get(readers[0].begin.remote(), timeout=100)
+deadline = time.monotonic() + 20
+while arrived() < 24 and time.monotonic() < deadline:
+    time.sleep(0.1)
+time.sleep(0.5)
+assert 24 <= arrived() < 32, arrived()
+found = ray.get([reader.read.remote() for reader in readers], timeout=100)
+assert found == [(15.0, other.node_id)] * 2, found
+assert 40 <= arrived() < 48, arrived()
+ray.shutdown()
+cluster.shutdown()
+print("one transfer")
+"""
+
+
+@pytest.mark.slow
+def test_two_readers_on_another_node_cost_one_transfer(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", TWO_NODES, str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert found.stdout.strip().endswith("one transfer"), found.stdout + found.stderr
