@@ -91,8 +91,9 @@ class ClusterConfig(Section):
 
     address: of a running Ray cluster; None uses RAY_ADDRESS, or starts one here.
     timeout_s: longest wait for any one answer of a worker.
-    weights: `object_store`: rollout workers pull new weights when they next work; `broadcast`: they
-        also receive them while they are published (NCCL between GPUs, else gloo).
+    weights: `object_store`: rollout workers pull new weights when they next work; `broadcast`: idle
+        ones also receive them while they are published (NCCL between GPUs, else gloo). A busy one
+        is waited for some seconds and then pulls: for max_staleness 0.
     wire: `engine`: weights travel as the learner's forward pass has them, so that rollouts come
         from the very policy that is trained; `bf16` halves the bytes of an fp32 engine, and
         rollouts come from its rounding.

@@ -28,6 +28,7 @@ class Plan:
 
 @dataclass
 class _Roll:
+    expected: set[str] = field(default_factory=set)
     present: dict[str, str | None] = field(default_factory=dict)
     plan: Plan | None = None
 
@@ -47,11 +48,12 @@ class Roster:
     def call_roll(self, version: int) -> tuple[int, set[str]]:
         """A generation that no group had yet, and who is expected. Those who came early count."""
         roll = self._rolls.pop(version, None)
-        self._rolls[version] = _Roll() if roll is None or roll.plan else roll
+        self._rolls[version] = roll = _Roll() if roll is None or roll.plan else roll
+        roll.expected = set(self._enrolled)
         for old in list(self._rolls)[:-KEPT_ROLLS]:
             del self._rolls[old]
         self._generation += 1
-        return self._generation, set(self._enrolled)
+        return self._generation, set(roll.expected)
 
     def arrive(self, version: int, member: str, gpu: str | None) -> None:
         """`member` is ready for `version`, with this GPU (None: it has none)."""
@@ -62,9 +64,10 @@ class Roster:
         return dict(self._rolls[version].present)
 
     def close(self, version: int, plan: Plan) -> None:
-        """The publisher has decided; who is not in the plan is struck off."""
-        self._rolls[version].plan = plan
-        self._enrolled &= set(plan.members)
+        """The publisher has decided; who was expected and is not in the plan is struck off."""
+        roll = self._rolls[version]
+        roll.plan = plan
+        self._enrolled -= roll.expected - set(plan.members)
 
     def plan(self, version: int) -> Plan | None:
         """What was decided for `version`; None while it is open."""

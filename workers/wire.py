@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from common.errors import InfrastructureError
+from common.errors import InfrastructureError, UserError
 from models.engine import BUCKET_BYTES
 
 
@@ -158,9 +158,17 @@ def load_into(model: nn.Module, buckets: Iterable[Bucket]) -> None:
 
 
 def version_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of one version of the checkpoint in `folder`, sent in `dtype`."""
+    """Bytes of one version of the checkpoint in `folder`, sent in `dtype`.
+
+    Raises:
+        UserError: a file of weights that cannot be read.
+    """
     elements = 0
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            elements += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+                elements += sum(prod(file.get_slice(name).get_shape()) for name in names)
+        except SafetensorError as error:
+            raise UserError(f"{path}: cannot read the weights: {error}") from error
     return elements * dtype.itemsize

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import InfrastructureError
+from common.errors import InfrastructureError, UserError
 from models.checkpoint import load_checkpoint
 from workers.wire import Bucket, Piece, cut, load_into, verified, version_bytes
 
@@ -132,3 +132,9 @@ def test_bytes_of_a_version(checkpoint_folder: Path) -> None:
     elements = sum(parameter.numel() for parameter in model.parameters())
     assert version_bytes(checkpoint_folder, torch.float32) == 4 * elements
     assert version_bytes(checkpoint_folder, torch.bfloat16) == 2 * elements
+
+
+def test_bytes_of_a_damaged_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot read the weights"):
+        version_bytes(tmp_path, torch.float32)
