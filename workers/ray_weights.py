@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InfrastructureError
-from workers.placement import Pending, find, ray, wait
+from workers.placement import Actor, Pending, find, ray, wait
 from workers.wire import Bucket, verified
 
 WEIGHTS = "weights"
@@ -78,9 +78,9 @@ class RayWeightStore:
         """See `WeightStore`."""
 
     def _buckets(self, version: int, refs: Sequence[Any]) -> Iterator[Bucket]:
-        line = self._line
-        shelf = find(line.run, line.name, line.log)
-        deadline = time.monotonic() + line.timeout_s
+        # For the words of an error only: the bytes come from Ray, not from the shelf.
+        shelf = Actor(self._line.name, self._line.log, None)
+        deadline = time.monotonic() + self._line.timeout_s
         coming: dict[int, Any] = {}
         for number, ref in enumerate(refs):
             for later in range(number + 1, min(number + 1 + AHEAD, len(refs))):
