@@ -110,7 +110,7 @@ class Node:
             log_to_driver=False,
             logging_level="ERROR",
         )
-        self._folder = Path(tempfile.mkdtemp(prefix="weights-"))
+        self._logs = tempfile.TemporaryDirectory(prefix="weights-")
         self._actors: list[Actor] = []  # an actor ends with its last handle
         shelf = self._start(WEIGHTS, partial(WeightShelf, 1, INITIAL_VERSION))
         store: WeightStore = RayWeightStore("bench", shelf.log, TIMEOUT_S)
@@ -127,7 +127,7 @@ class Node:
         wait([actor.ask("ready") for actor in self._actors], TIMEOUT_S)
 
     def _start(self, name: str, build: Callable[[], Any]) -> Actor:
-        log = self._folder / f"{name}.log"
+        log = Path(self._logs.name) / f"{name}.log"
         self._actors.append(launch(name, log, build, run="bench", num_cpus=0.0, local=True))
         return self._actors[-1]
 

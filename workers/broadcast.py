@@ -179,8 +179,9 @@ class BroadcastWeightStore:
         whole = False
         try:
             group = self._join(version)
-            while group is not None and (bucket := group.receive(version, len(taken))):
-                taken.append(bucket.digest())
+            while group is not None and (arrived := group.receive(version, len(taken))):
+                bucket, digest = arrived
+                taken.append(digest)
                 yield bucket
             whole = group is not None
         except RuntimeError as error:
@@ -245,7 +246,8 @@ class Group:
     """A process group of one generation, apart from the learner's own. Errors are RuntimeErrors.
 
     Headers go through the TCP store, bytes through one collective per bucket. Building it waits for
-    the other members; it must not outlive an error.
+    the other members; it must not outlive an error. NCCL has not been run here (no two GPUs); its
+    first collective makes the communicator, a wait that NCCL and not `Patience` bounds.
     """
 
     def __init__(self, plan: Plan, rank: int, store: dist.TCPStore, patience: Patience) -> None:
@@ -283,8 +285,8 @@ class Group:
         """Say that `version` has `count` buckets and no more."""
         self._say(version, count, None)
 
-    def receive(self, version: int, number: int) -> Bucket | None:
-        """The next bucket, good until the next call; None at the end."""
+    def receive(self, version: int, number: int) -> tuple[Bucket, int] | None:
+        """The next bucket, good until the next call, and its checksum; None at the end."""
         key = f"{version}/{number}"
         self._store.wait([key], timedelta(seconds=self._bucket_s))
         said = json.loads(self._store.get(key))
@@ -303,7 +305,7 @@ class Group:
         )
         if bucket.digest() != digest:
             raise RuntimeError(f"bucket {number} of version {version} arrived damaged (checksum)")
-        return bucket
+        return bucket, digest
 
     def finish(self) -> None:
         """Wait for the collective under way. RuntimeError: a member is gone or too slow."""
