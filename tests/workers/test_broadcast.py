@@ -1,13 +1,18 @@
 """The broadcast beside the pull store: equal bytes, changing membership, deaths, bounded waits.
 
-Members are threads here, each with a store object and a process group of its own; what a killed
-process does to its peers' connections, `Group.abort` does to them too. `test_cluster.py` kills.
+Members are threads, each with a store object and a process group of its own, or, to be killed or
+stopped, a process. `test_cluster.py` does the same over Ray.
 """
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.managers import BaseManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +24,7 @@ from workers.roster import Plan, Roster
 from workers.weights import LocalWeightStore
 from workers.wire import Bucket, cut
 
+ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = Patience(join_s=4.0, bucket_s=3.0, whole_s=20.0)
 State = dict[str, torch.Tensor]
 
@@ -198,6 +204,57 @@ def test_a_member_gone_in_the_middle_stops_nobody(scene: Scene, how: str) -> Non
     plan = scene.roster.plan(2)
     assert plan is not None and len(plan.members) == 1
     assert plan.generation > scene.generation(1)
+
+
+class Door(BaseManager):
+    """Lets another process ask the roster and the pull store of the test."""
+
+
+RECEIVER = """
+import os, sys
+from multiprocessing.managers import BaseManager
+from workers.broadcast import BroadcastWeightStore, Patience
+
+class Door(BaseManager): ...
+Door.register("pull")
+Door.register("roster")
+door = Door(("127.0.0.1", int(sys.argv[1])), authkey=b"test")
+door.connect()
+roster = door.roster()
+ask = lambda method, *args: getattr(roster, method)(*args)
+store = BroadcastWeightStore(door.pull(), ask, Patience(join_s=30, bucket_s=30, whole_s=30))
+store.enrol()
+buckets = store.fetch(1)[1]
+next(buckets), next(buckets)
+os.kill(os.getpid(), int(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_killed_or_stopped_process_stops_nobody(scene: Scene, sent: signal.Signals) -> None:
+    scene.publisher = scene.store(Patience(join_s=60.0, bucket_s=3.0, whole_s=60.0))
+    alive = scene.store(Patience(join_s=60.0, bucket_s=3.0, whole_s=60.0))
+    alive.enrol()
+    Door.register("pull", callable=lambda: scene.pull)
+    Door.register("roster", callable=lambda: scene.roster)
+    server = Door(("127.0.0.1", 0), authkey=b"test").get_server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    arguments = [str(server.address[1]), str(int(sent))]
+    gone = subprocess.Popen([sys.executable, "-c", RECEIVER, *arguments], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while len(scene.roster._enrolled) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        received = scene.receive(alive, 1)
+        within(90, lambda: scene.publisher.publish(1, buckets_of(1)))
+        assert_is(1, received.result(60))
+        plan = scene.roster.plan(1)
+        assert plan is not None and len(plan.members) == 2
+        within(30, lambda: scene.round([alive], 2))
+    finally:
+        gone.kill()
+        gone.wait(10)
 
 
 def test_publisher_dies_between_buckets(scene: Scene) -> None:
