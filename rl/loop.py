@@ -6,57 +6,22 @@ A deque of batches in flight; how far it runs ahead is the staleness bound: 0 is
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from threading import Thread
-from typing import Any, Protocol
+from typing import Any
 
 from common.errors import InfrastructureError
-from common.records import Group, Problem, Scored
+from common.records import Problem, Scored
 from common.seeding import derive_seed
-from models.decoding import DecodingConfig
 from rl.batch import drop_stale, rollout_metrics
-from rl.checkpoint import Checkpoints, RunState, interrupt_deferred
+from rl.checkpoint import RunState, interrupt_deferred
 from rl.estimates import evaluation_metrics
-
-
-class Cluster(Protocol):
-    """The processes that do the work (`workers.local`, `workers.cluster`)."""
-
-    def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]: ...
-    def score(self, groups: Sequence[Group]) -> Future[Scored]: ...
-    def update(self, groups: Sequence[Group], step: int) -> dict[str, float]: ...
-    def sync_weights(self) -> int: ...
-    def evaluate(
-        self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
-    ) -> Future[list[Group]]: ...
-    def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
-    def export(self, folder: Path) -> None: ...
-    def close(self) -> None: ...
-
-
-class Monitor(Protocol):
-    """Who is told what happens; the loop itself prints and writes nothing."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopPlan:
-    """Numbers of one run. `save_every` 0 saves at the end only, `eval_every` 0 never evaluates."""
-
-    steps: int
-    eval_decoding: DecodingConfig
-    run_seed: int = 0
-    save_every: int = 0
-    eval_every: int = 0
-    eval_at_start: bool = False
-    max_staleness: int = 0
-    timeout_s: float = 600.0
+from rl.inflight import Batches
+from rl.protocol import Cluster, LoopPlan, Monitor
+from rl.saving import Saver
 
 
 @dataclass
@@ -67,15 +32,17 @@ class Loop:
     batch: Callable[[int], Sequence[Problem]]  # of a step: a pure function (`rl.data`)
     test: Sequence[Problem]
     plan: LoopPlan
-    checkpoints: Checkpoints
+    saver: Saver
     monitor: Monitor
     state: RunState
+    scored: Batches = field(default_factory=dict)  # batches of a checkpoint that need no rollout
 
     def run(self) -> RunState:
         """Train to the last step. Ctrl-C saves what is finished before it is passed on."""
         plan, self.updating, self.saved = self.plan, False, self.state.step
         self.in_flight: deque[tuple[Sequence[Problem], Future[Scored]]] = deque()
         self.state = replace(self.state, policy_version=self.cluster.sync_weights())
+        self._take_up_scored()
         try:
             if plan.eval_at_start and self.state.step == 0:
                 self._evaluate()
@@ -84,16 +51,28 @@ class Loop:
                 for step in range(done + len(self.in_flight), ahead):
                     self._submit(step)
                 self._train_step()
+                self.saver.poll()
                 last = self.state.step == plan.steps
                 if plan.eval_every and (last or self.state.step % plan.eval_every == 0):
                     self._evaluate()
                 if last or (plan.save_every and self.state.step % plan.save_every == 0):
                     self._save()
+            self.saver.finish(must=True)
             return self.state
         except KeyboardInterrupt:
             if not self.updating and self.saved != self.state.step:
                 self._save()
+            self.saver.finish(must=True)
             raise
+
+    def _take_up_scored(self) -> None:
+        """Batches that were scored when the run stopped are used as they are, in their order."""
+        step = self.state.step
+        while step in self.scored and step < self.plan.steps:
+            future = Future[Scored]()
+            future.set_result(self.scored[step])
+            self.in_flight.append((self.batch(step), future))
+            step += 1
 
     def _submit(self, step: int) -> None:
         """Generate, then score at once: beside the learner, in a thread that no exit waits for."""
@@ -137,9 +116,10 @@ class Loop:
 
     def _save(self) -> None:
         pending = tuple(tuple(p.problem_id for p in batch) for batch, _ in self.in_flight)
-        with interrupt_deferred():
-            self.checkpoints.save(replace(self.state, pending=pending), self.cluster.save)
-            self.saved = self.state.step
+        flying = enumerate((future for _, future in self.in_flight), start=self.state.step)
+        scored = {step: f.result() for step, f in flying if f.done() and not f.exception()}
+        self.saver.save(replace(self.state, pending=pending), scored)
+        self.saved = self.state.step
 
     def _wait(self, future: Future[Any], what: str, step: int) -> Any:
         try:  # later than the cluster's own limit, which can name the actor and its log

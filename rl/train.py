@@ -33,7 +33,11 @@ from rl.checkpoint import Checkpoints, RunState, read_state
 from rl.config import TrainConfig, load_train_config
 from rl.data import ProblemStream, check_prompt_lengths, take_problems
 from rl.evaluate import check_decoding, greedy
-from rl.loop import Cluster, Loop, LoopPlan
+from rl.inflight import read_batches
+from rl.loop import Loop
+from rl.origin import Origin
+from rl.protocol import Cluster, LoopPlan
+from rl.saving import Saver
 from workers.rollout import rollout_dtype
 
 STAGE = "rl"
@@ -49,6 +53,8 @@ class Job:
     test: list[Problem]
     state: RunState
     resume_from: Path | None
+    origin: Origin
+    remarks: tuple[str, ...] = ()  # what a resume found: damage passed over, changed settings
 
     @property
     def export_folder(self) -> Path:
@@ -86,13 +92,15 @@ class Job:
     def run_on(self, cluster: Cluster, sink: Sink, progress: Progress) -> RunState:
         """The same with workers that the caller started and closes."""
         _write_config(self.config)
+        for remark in self.remarks:
+            progress.say(remark)
         steps = self.config.train.steps
         progress.stage(STAGE, steps, done=self.state.step)
         with _terminate_as_interrupt():
             if self.resume_from is not None:
                 done = f"{self.state.step} of {steps} steps"
                 progress.say(f"resuming from {self.resume_from} ({done})")
-                cluster.load(self.resume_from)
+                cluster.load(self.resume_from, self.state.policy_version)
             state = self._loop(cluster, _Monitor(sink, progress)).run()
             _export(cluster, self.export_folder, state.step)
         return state
@@ -109,8 +117,12 @@ class Job:
             max_staleness=config.algorithm.max_staleness,
             timeout_s=config.cluster.timeout_s,
         )
-        checkpoints = Checkpoints(config.run.path, config.train.keep_last_n)
-        return Loop(cluster, self.stream.batch, self.test, plan, checkpoints, monitor, self.state)
+        checkpoints = Checkpoints(config.run.path, config.train.keep_last_n, self.origin)
+        saver = Saver(checkpoints, cluster.save, monitor, self.resume_from, plan.timeout_s)
+        scored = (
+            {} if self.resume_from is None else read_batches(self.resume_from, self.stream.batch)
+        )
+        return Loop(cluster, self.stream.batch, self.test, plan, saver, monitor, self.state, scored)
 
 
 class _Monitor:
@@ -129,6 +141,9 @@ class _Monitor:
             self._progress.update(step, **shown)
         if metrics.get("update/no_signal"):
             self._progress.say(f"step {step}: no group had any spread, so nothing was learned")
+
+    def say(self, text: str) -> None:
+        self._progress.say(text)
 
 
 def prepare(config: TrainConfig) -> Job:
@@ -152,10 +167,14 @@ def prepare(config: TrainConfig) -> Job:
     test = _problems(config, "test") if evaluates else []
     stream = ProblemStream(train, config.rollout.prompts_per_step, config.data.seed)
     _check_prompts(config, outline, {config.data.train: train, config.data.test: test})
-    resume_from = Checkpoints(config.run.path).resume_from(config.run.resume)
-    seed = config.run.seed
-    state = RunState(0, 0, seed) if resume_from is None else read_state(resume_from, seed)
-    return Job(config, stream, test, state, resume_from)
+    origin = Origin.of(config.model_dump(mode="json"), folder, train)
+    remarks: list[str] = []
+    state = RunState(0, 0, config.run.seed)
+    resume_from = Checkpoints(config.run.path).resume_from(config.run.resume, remarks.append)
+    if resume_from is not None:
+        state = read_state(resume_from, config.run.seed)
+        remarks += origin.check(resume_from)
+    return Job(config, stream, test, state, resume_from, origin, tuple(remarks))
 
 
 def _problems(config: TrainConfig, which: str) -> list[Problem]:

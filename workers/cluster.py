@@ -6,6 +6,7 @@ resumes from its checkpoint. Weights go through the object store, never through 
 """
 
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -13,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.errors import InfrastructureError
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
+from models.state_files import Written
 from rl.config import LearnerConfig, PoolConfig, TrainConfig
 from workers.broadcast import BroadcastWeightStore, Patience
 from workers.learner import LearnerPlan, LearnerWorker, wire_dtype
@@ -30,10 +33,12 @@ from workers.wire import version_bytes
 T = TypeVar("T")
 ROSTER = "roster"
 CLOSE_TIMEOUT_S = 3.0
+# Files of a checkpoint may take longer than any one answer.
+SAVE_TIMEOUTS, SAVE_POLL_S = 6.0, 0.1
 
 
 class RayCluster:
-    """A `rl.loop.Cluster` of Ray actors.
+    """A `rl.protocol.Cluster` of Ray actors.
 
     Args:
         config: the run. Logs go to `<run>/logs/<role>-<i>.log`; `pids` maps `<role>-<i>` to the
@@ -150,18 +155,18 @@ class RayCluster:
         self._on_learners("start", master)
 
     def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         group_size = self._config.rollout.group_size
         return _in_thread(lambda: self._generate(problems, seed, group_size), "generate")
 
     def score(self, groups: Sequence[Group]) -> Future[Scored]:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         return _in_thread(lambda: self._score(groups), "score")
 
     def evaluate(
         self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
     ) -> Future[list[Group]]:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         return _in_thread(
             lambda: self._score(self._generate(problems, seed, group_size, decoding)).groups,
             "evaluate",
@@ -193,12 +198,12 @@ class RayCluster:
         return wait(calls, self._timeout_s)
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         metrics: dict[str, float] = self._on_learners("update", ray.put(list(groups)), step)[0]
         return metrics
 
     def sync_weights(self) -> int:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         version = self._version + 1
         if self._broadcasts:
             # Nobody waits for them: one that is busy or dead pulls before it serves.
@@ -207,16 +212,37 @@ class RayCluster:
         self._version = self._on_learners("publish", version)[0]
         return self._version
 
-    def save(self, folder: Path) -> None:
-        """See `rl.loop.Cluster`. With several nodes, to a file system that they share."""
-        self._on_learners("save", folder.resolve())
+    def save(self, folder: Path) -> Future[Written]:
+        """See `rl.protocol.Cluster`. With several nodes, to a file system that they share."""
+        ranks = list(self._learners)
+        self._on_learners("start_save", folder.resolve())
+        return _in_thread(partial(self._saved, ranks), "save")
 
-    def load(self, folder: Path) -> None:
-        """See `rl.loop.Cluster`. Call `sync_weights` before the next rollout."""
+    def _saved(self, ranks: Sequence[Actor]) -> Written:
+        """Wait until every rank has written its files: a failed save is cleared away whole."""
+        deadline = time.monotonic() + SAVE_TIMEOUTS * self._timeout_s
+        reports: list[Written | str | None] = [None]
+        while None in reports:
+            if time.monotonic() > deadline:
+                text = f"{SAVE_TIMEOUTS:g} times cluster.timeout_s={self._timeout_s:g}"
+                raise InfrastructureError(f"save: the learner's files were not written in {text}")
+            time.sleep(SAVE_POLL_S)
+            reports = wait([rank.call("saved") for rank in ranks], self._timeout_s)
+        written: Written = {}
+        for report in reports:
+            if isinstance(report, str):
+                raise InfrastructureError(report)
+            written |= report or {}
+        return written
+
+    def load(self, folder: Path, version: int | None = None) -> None:
+        """See `rl.protocol.Cluster`. Call `sync_weights` before the next rollout."""
         self._on_learners("load", folder.resolve())
+        if version is not None:
+            self._version = version - 1
 
     def export(self, folder: Path) -> None:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         self._on_learners("export", folder.resolve())
 
     def _on_learners(self, method: str, *args: Any) -> list[Any]:

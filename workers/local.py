@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
+from models.state_files import Written
 from rl.config import TrainConfig
 from workers.learner import LearnerPlan, LearnerWorker
 from workers.reward import RewardWorker
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 
 class LocalCluster:
-    """A `rl.loop.Cluster` of one process.
+    """A `rl.protocol.Cluster` of one process.
 
     Args:
         config: the run.
@@ -47,17 +48,17 @@ class LocalCluster:
             self._learner.start()
 
     def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         return _done(lambda: self._generate(problems, seed, self._config.rollout.group_size))
 
     def score(self, groups: Sequence[Group]) -> Future[Scored]:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         return _done(lambda: self._reward.score(groups))
 
     def evaluate(
         self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
     ) -> Future[list[Group]]:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         return _done(
             lambda: self._reward.score(self._generate(problems, seed, group_size, decoding)).groups
         )
@@ -73,28 +74,30 @@ class LocalCluster:
             return self._rollout.generate(problems, seed, group_size, decoding, self._version)
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         return self._learner.update(groups, step)
 
     def sync_weights(self) -> int:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         self._version = self._learner.publish(self._version + 1)
         return self._version
 
-    def save(self, folder: Path) -> None:
-        """See `rl.loop.Cluster`."""
-        self._learner.save(folder)
+    def save(self, folder: Path) -> Future[Written]:
+        """See `rl.protocol.Cluster`."""
+        return self._learner.save(folder)
 
-    def load(self, folder: Path) -> None:
-        """See `rl.loop.Cluster`. Call `sync_weights` before the next rollout."""
+    def load(self, folder: Path, version: int | None = None) -> None:
+        """See `rl.protocol.Cluster`. Call `sync_weights` before the next rollout."""
         self._learner.load(folder)
+        if version is not None:
+            self._version = version - 1
 
     def export(self, folder: Path) -> None:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         self._learner.export(folder)
 
     def close(self) -> None:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         self._reward.close()
         self._learner.close()
 

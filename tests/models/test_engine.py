@@ -31,6 +31,7 @@ from models.engine import (
     StepInfo,
     learning_rate,
     make_engine,
+    save_engine,
     split_buckets,
 )
 from models.spec import DiffusionSpec
@@ -228,7 +229,7 @@ def test_save_and_load_continue_identically(
 ) -> None:
     straight = engine_of(kind, stage, precision=precision)
     train(straight)
-    straight.save(tmp_path / "policy")
+    save_engine(straight, tmp_path / "policy")
     resumed = engine_of(kind, stage, precision=precision)
     train(resumed, steps=1)  # moments and weights that must be overwritten
     if stage == 3:  # DeepSpeed loads ZeRO-3 into a fresh engine only
@@ -310,7 +311,7 @@ def test_shm_op_is_still_switched_off_by_this_name() -> None:
 def test_another_engines_checkpoint(
     tmp_path: Path, saved: tuple[str, int], asked: tuple[str, int], message: str
 ) -> None:
-    engine_of(*saved).save(tmp_path)
+    save_engine(engine_of(*saved), tmp_path)
     with pytest.raises(UserError, match=message):
         engine_of(*asked).load(tmp_path)
 
@@ -396,7 +397,8 @@ def main(rank: int, folder: Path) -> None:
     for stage in range(4):
         engine = fresh(stage)
         result = train(engine)
-        engine.save(folder / f"policy-{stage}")
+        save_engine(engine, folder / f"policy-{stage}")
+        engine.sum_over_ranks({"saved": 1.0})  # all files are there before anybody reads them
         result["continued"] = train(engine, steps=1)["loss"]
         engine = fresh(stage)
         engine.load(folder / f"policy-{stage}")

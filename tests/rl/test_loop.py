@@ -14,7 +14,10 @@ from common.records import Completion, Group, Problem, Rollout, Score, Scored
 from common.seeding import derive_seed
 from models.decoding import DecodingConfig
 from rl.checkpoint import Checkpoints, RunState, read_state
-from rl.loop import Loop, LoopPlan
+from rl.inflight import read_batches
+from rl.loop import Loop
+from rl.protocol import LoopPlan
+from rl.saving import Saver
 
 GREEDY = DecodingConfig(gen_length=8, temperature=0.0)
 
@@ -83,11 +86,12 @@ class FakeCluster:
         self.say("evaluate")
         return done([Group(p, (scored(self.group(p).rollouts[0]),)) for p in problems])
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Future[Any]:
         self.say("save")
         (folder / "policy").write_text(str(self.weights))
+        return done({})
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, version: int | None = None) -> None:
         self.say("load")
         self.weights = int((folder / "policy").read_text())
 
@@ -113,9 +117,17 @@ def scored(rollout: Rollout) -> Rollout:
 @dataclass
 class Notebook:
     records: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    saves: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
     interrupt_at: int | None = None
 
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if any(name in metrics for name in ("timing_s/save", "checkpoint/failed")):
+            self.saves.append((step, dict(metrics)))
+            return
         self.records.append((step, dict(metrics)))
         if self.interrupt_at == step:
             raise KeyboardInterrupt
@@ -131,10 +143,8 @@ def make_loop(
     values: dict[str, Any] = {"steps": 3, "eval_decoding": GREEDY, "run_seed": 7}
     plan = LoopPlan(**(values | changes))
     monitor = Notebook()
-    checkpoints = Checkpoints(tmp_path, keep_last_n=5)
-    loop = Loop(
-        cluster, batch, [Problem("t", "do")], plan, checkpoints, monitor, RunState(start, 0, 7)
-    )
+    saver = Saver(Checkpoints(tmp_path, keep_last_n=5), cluster.save, monitor, None, 60.0)
+    loop = Loop(cluster, batch, [Problem("t", "do")], plan, saver, monitor, RunState(start, 0, 7))
     return loop, monitor
 
 

@@ -19,7 +19,7 @@ from common.progress import SilentProgress
 from models.checkpoint import load_checkpoint, new_model, save_checkpoint
 from models.spec import DiffusionSpec
 from models.tokenizer import train_tokenizer
-from rl.checkpoint import Checkpoints
+from rl.checkpoint import Checkpoints, RunState
 from rl.config import load_train_config
 from rl.train import prepare
 
@@ -112,7 +112,7 @@ class Notes:
     def log(self, values: Mapping[str, float], *, step: int, stage: str) -> None:
         assert stage == "rl"
         self.records.append((step, dict(values)))
-        if step == self._stop_at and "eval/pass@1" not in values:
+        if step == self._stop_at and "policy/loss" in values:
             raise KeyboardInterrupt
 
     def close(self) -> None:
@@ -278,10 +278,7 @@ def other_tokenizer(folder: Path) -> list[str]:
 
 
 def another_run_there(folder: Path) -> list[str]:
-    step = folder / "run" / "rl" / "global_step_2"
-    step.mkdir(parents=True)
-    state = {"step": 2, "policy_version": 1, "run_seed": 99, "code_version": "", "pending": []}
-    (step / "state.json").write_text(json.dumps(state))
+    Checkpoints(folder / "run").save(RunState(2, 1, run_seed=99), lambda folder: None)
     return []
 
 
@@ -350,7 +347,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(config_file: Path) -> None:
     assert result.exit_code == 2, result.output
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("unmask: ")
-    assert "global_step_2: cannot be loaded" in last
+    assert "global_step_2 is damaged (policy/torch_engine.pt has 100 bytes" in last
+    assert "no earlier checkpoint is sound" in last
 
 
 def test_a_lost_export_is_made_again(config_file: Path) -> None:

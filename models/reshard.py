@@ -1,0 +1,104 @@
+"""DeepSpeed shards of N ranks made whole: for M ranks, or for an export. Not the engine.
+
+`resharded` is DeepSpeed's universal checkpoint, under a temporary name and without its chatter.
+`whole_weights` reads parameters only, in one process, with no torch.distributed.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.errors import UserError
+
+TAG = "engine"
+SHARDS = "*_optim_states.pt"
+REPLICA = "mp_rank_00_model_states.pt"
+
+
+def is_replicated(folder: Path) -> bool:
+    """Whether rank 0 wrote everything (ZeRO 0): any number of ranks can read it."""
+    return not any(folder.glob(SHARDS))
+
+
+@contextlib.contextmanager
+def resharded(folder: Path, rank: int) -> Iterator[Path]:
+    """The shards in `folder` as one universal checkpoint beside them, gone at the end.
+
+    Collective: rank 0 converts, the others wait. All ranks must see the same file system.
+
+    Raises:
+        UserError: no room or no right to write, or shards that do not fit together; on every rank.
+    """
+    whole = folder.with_name(f".{folder.name}.universal")
+    problem = _convert(folder, whole) if rank == 0 else None
+    try:
+        said: list[str | None] = [problem]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(said, src=0)
+        if said[0] is not None:
+            raise UserError(said[0])
+        yield whole
+        if dist.get_world_size() > 1:
+            dist.barrier()
+    finally:
+        if rank == 0:
+            shutil.rmtree(whole, ignore_errors=True)
+            whole.with_name("latest_universal").unlink(missing_ok=True)
+
+
+def _convert(folder: Path, whole: Path) -> str | None:
+    """Write the universal checkpoint; what went wrong, if anything (the others must hear it)."""
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    shutil.rmtree(whole, ignore_errors=True)
+    arguments = Namespace(
+        input_folder=str(folder),
+        output_folder=str(whole),
+        num_extract_workers=1,  # more would be processes forked from one with threads
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), _silent_bars():
+            main(arguments)
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:160]
+        return (
+            f"{folder}: cannot be made whole for another number of ranks ({reason}); set "
+            "cluster.learner.ranks back"
+        )
+    return None
+
+
+def whole_weights(folder: Path) -> dict[str, Tensor]:
+    """All parameters of a checkpoint in float32 (bf16: of its masters), by the module's names."""
+    if is_replicated(folder):
+        state = torch.load(folder / REPLICA, map_location="cpu", weights_only=False, mmap=True)
+        return dict(state["module"])
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()), _silent_bars():
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
+
+
+@contextlib.contextmanager
+def _silent_bars() -> Iterator[None]:
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before
