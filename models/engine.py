@@ -352,8 +352,8 @@ def save_engine(engine: Engine, folder: Path) -> None:
     files.write()
 
 
-def read_meta(folder: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """`engine.json` of an engine's folder, if that engine was like `ours`.
+def read_meta(folder: Path, ours: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`engine.json` of an engine's folder; with `ours`, if that engine was like it.
 
     Raises:
         UserError: nothing there, or another kind, ZeRO stage or precision.
@@ -365,6 +365,7 @@ def read_meta(folder: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: missing; this folder holds no engine checkpoint") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: damaged ({error}); resume from an earlier checkpoint") from error
+    ours = found if ours is None else ours
     for key in IDENTITY:
         if found.get(key) != ours.get(key):
             raise UserError(

@@ -1,7 +1,7 @@
 """DeepSpeed shards of N ranks made whole: for M ranks, or for an export. Not the engine.
 
 `resharded` is DeepSpeed's universal checkpoint, under a temporary name and without its chatter.
-`whole_weights` reads parameters only, in one process, with no torch.distributed.
+`read_policy` reads parameters only, in one process, with no torch.distributed.
 """
 
 import contextlib
@@ -11,12 +11,15 @@ import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import UserError
+from models.engine import TORCH_FILE, export_name, read_meta
 
 TAG = "engine"
 SHARDS = "*_optim_states.pt"
@@ -89,6 +92,31 @@ def whole_weights(folder: Path) -> dict[str, Tensor]:
 
     with contextlib.redirect_stdout(io.StringIO()), _silent_bars():
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
+
+
+def read_policy(folder: Path) -> dict[str, Tensor]:
+    """The parameters in an engine's folder as `state_buckets` would give them: HF names, tied once.
+
+    One process and no torch.distributed, however many ranks wrote the folder.
+
+    Raises:
+        UserError: no engine's folder, or damaged.
+    """
+    meta = read_meta(folder)
+    try:
+        if meta["kind"] == "torch":
+            found = torch.load(folder / TORCH_FILE, map_location="cpu", weights_only=True)["module"]
+        else:
+            found = whole_weights(folder / TAG)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{folder}: cannot be read ({reason})") from error
+    dtype = torch.bfloat16 if meta["precision"] == "bf16" else torch.float32
+    tied = {name: (value.data_ptr(), value.shape) for name, value in found.items()}
+    first: dict[Any, str] = {}
+    for name, place in tied.items():
+        first.setdefault(place, name)
+    return {export_name(name): found[name].to(dtype) for name in first.values()}
 
 
 @contextlib.contextmanager

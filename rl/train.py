@@ -33,6 +33,7 @@ from rl.checkpoint import Checkpoints, RunState, read_state
 from rl.config import TrainConfig, load_train_config
 from rl.data import ProblemStream, check_prompt_lengths, take_problems
 from rl.evaluate import check_decoding, greedy
+from rl.export import exported_step, mark_step
 from rl.inflight import read_batches
 from rl.loop import Loop
 from rl.origin import Origin
@@ -41,7 +42,6 @@ from rl.saving import Saver
 from workers.rollout import rollout_dtype
 
 STAGE = "rl"
-EXPORT_MARK = "training_step.json"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Job:
     def finished(self) -> bool:
         """Every step is done and exported."""
         step = self.state.step
-        return step >= self.config.train.steps and _exported_step(self.export_folder) == step
+        return step >= self.config.train.steps and exported_step(self.export_folder) == step
 
     def say_finished(self, progress: Progress) -> None:
         """A resume that has nothing to do must not look like one that trained."""
@@ -226,14 +226,9 @@ def _export(cluster: Cluster, folder: Path, step: int) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     cluster.export(partial)
-    (partial / EXPORT_MARK).write_text(json.dumps({"step": step}) + "\n")
+    mark_step(partial, step)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-
-
-def _exported_step(folder: Path) -> int | None:
-    mark = folder / EXPORT_MARK
-    return int(json.loads(mark.read_text())["step"]) if mark.is_file() else None
 
 
 @contextmanager

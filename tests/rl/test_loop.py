@@ -14,7 +14,6 @@ from common.records import Completion, Group, Problem, Rollout, Score, Scored
 from common.seeding import derive_seed
 from models.decoding import DecodingConfig
 from rl.checkpoint import Checkpoints, RunState, read_state
-from rl.inflight import read_batches
 from rl.loop import Loop
 from rl.protocol import LoopPlan
 from rl.saving import Saver
