@@ -155,6 +155,8 @@ class DeepSpeedEngine:
 
     def _load_resharded(self, folder: Path, steps: int) -> str | None:
         """Shards of another number of ranks: rank 0 makes them whole, every rank takes its part."""
+        optimizer = self._engine.optimizer
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         with resharded(folder / TAG, self.rank) as whole:
             # Private (pinned by a test): the public switch is read once, when the engine is built.
             self._engine._config.load_universal_checkpoint = True
@@ -162,10 +164,13 @@ class DeepSpeedEngine:
                 loaded, _ = self._engine.load_checkpoint(str(whole.parent), tag=whole.name)
             finally:
                 self._engine._config.load_universal_checkpoint = False
-        # ZeRO-3's conversion forgets Adam's step count; every applied step is one of the schedule.
-        for state in self._engine.optimizer.state.values():
+        # At ZeRO-3 DeepSpeed gives all groups one step count, which each of them then advances, and
+        # the first group's weight decay. Every applied step is one of the schedule.
+        for state in optimizer.state.values():
             if "step" in state:
                 state["step"] = torch.full_like(torch.as_tensor(state["step"]), steps)
+        for group, ours in zip(optimizer.param_groups, settings, strict=True):
+            group.update(ours)
         return loaded
 
     def close(self) -> None:

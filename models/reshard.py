@@ -6,7 +6,6 @@
 
 import contextlib
 import io
-import os
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
@@ -24,6 +23,16 @@ from models.engine import TORCH_FILE, export_name, read_meta
 TAG = "engine"
 SHARDS = "*_optim_states.pt"
 REPLICA = "mp_rank_00_model_states.pt"
+# What torch and DeepSpeed raise for files that are damaged or do not belong together.
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    UnpicklingError,
+    AssertionError,
+)
 
 
 def is_replicated(folder: Path) -> bool:
@@ -72,9 +81,9 @@ def _convert(folder: Path, whole: Path) -> str | None:
         inject_missing_state=True,
     )
     try:
-        with contextlib.redirect_stdout(io.StringIO()), _silent_bars():
+        with _silence():
             main(arguments)
-    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:160]
         return (
             f"{folder}: cannot be made whole for another number of ranks ({reason}); set "
@@ -90,7 +99,7 @@ def whole_weights(folder: Path) -> dict[str, Tensor]:
         return dict(state["module"])
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()), _silent_bars():
+    with _silence():
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
 
 
@@ -108,7 +117,7 @@ def read_policy(folder: Path) -> dict[str, Tensor]:
             found = torch.load(folder / TORCH_FILE, map_location="cpu", weights_only=True)["module"]
         else:
             found = whole_weights(folder / TAG)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{folder}: cannot be read ({reason})") from error
     dtype = torch.bfloat16 if meta["precision"] == "bf16" else torch.float32
@@ -120,13 +129,8 @@ def read_policy(folder: Path) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _silent_bars() -> Iterator[None]:
-    before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
+def _silence() -> Iterator[None]:
+    """DeepSpeed prints its progress; tqdm draws its bars on stderr."""
+    nowhere = io.StringIO()
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
-    finally:
-        if before is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = before
