@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import UserError
-from models.engine import TORCH_FILE, export_name, read_meta
+from models.engine import TORCH_FILE, EngineConfig, export_name, read_meta
 
 TAG = "engine"
 SHARDS = "*_optim_states.pt"
@@ -38,6 +38,22 @@ UNREADABLE = (
 def is_replicated(folder: Path) -> bool:
     """Whether rank 0 wrote everything (ZeRO 0): any number of ranks can read it."""
     return not any(folder.glob(SHARDS))
+
+
+def check_engine(folder: Path, config: EngineConfig, ranks: int) -> str | None:
+    """Whether a run of this engine can go on from `folder`: a remark, if that takes a conversion.
+
+    Raises:
+        UserError: another kind, ZeRO stage or precision.
+    """
+    ours: dict[str, Any] = {"kind": config.kind, "precision": config.precision}
+    if config.kind == "deepspeed":
+        ours["zero_stage"] = config.zero_stage
+    saved = read_meta(folder, ours).get("ranks", 1)
+    if saved == ranks:
+        return None
+    converted = "" if is_replicated(folder / TAG) else " (its shards are converted first)"
+    return f"saved by {saved} learner ranks, goes on with {ranks}{converted}"
 
 
 @contextlib.contextmanager

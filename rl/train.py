@@ -25,9 +25,10 @@ from common.exits import exit_codes
 from common.metrics import Sink, open_metrics
 from common.progress import Progress, open_progress
 from common.records import Problem
-from models.attention import check_attention
-from models.outline import Outline, load_outline
-from models.tokenizer import encode_prompt
+from models.checkpoint import check_checkpoint, load_spec
+from models.reshard import check_engine
+from models.spec import DiffusionSpec
+from models.tokenizer import check_tokenizer, encode_prompt, load_tokenizer
 from rewards.compose import verify_rewards
 from rl.checkpoint import Checkpoints, RunState, read_state
 from rl.config import TrainConfig, load_train_config
@@ -174,6 +175,9 @@ def prepare(config: TrainConfig) -> Job:
     if resume_from is not None:
         state = read_state(resume_from, config.run.seed)
         remarks += origin.check(resume_from)
+        ranks = config.cluster.learner.ranks
+        remark = check_engine(resume_from / "policy", config.engine, ranks)
+        remarks += [remark] if remark else []
     return Job(config, stream, test, state, resume_from, origin, tuple(remarks))
 
 
