@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 MANIFEST = "manifest.json"
 CHUNK = 2**22
 READERS = 4
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # of a manifest
 
 
 class FileRecord(NamedTuple):
@@ -84,17 +85,24 @@ def write_manifest(folder: Path, known: Mapping[str, FileRecord]) -> int:
     return sum(record.size for record in records.values())
 
 
+def covered_bytes(folder: Path) -> int:
+    """How many bytes the manifest of a folder covers; 0 if it cannot be read."""
+    try:
+        return sum(record.size for record in _read_manifest(folder).values())
+    except UNREADABLE:
+        return 0
+
+
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a folder that has a manifest, in a few words; None if nothing is.
 
     Sizes are compared first; then the files are read, a few at a time.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        records = {name: FileRecord(**record) for name, record in files.items()}
+        records = _read_manifest(folder)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         return f"{MANIFEST} is damaged ({error})"
     for name, record in records.items():
         try:
@@ -121,6 +129,11 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _read_manifest(folder: Path) -> dict[str, FileRecord]:
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    return {name: FileRecord(**record) for name, record in files.items()}
 
 
 def _differs(path: Path, record: FileRecord) -> str | None:

@@ -5,6 +5,7 @@ the folder it is given. A checkpoint is complete or absent: it is written under 
 flushed to disk, its manifest last, renamed, and only then does `rl/latest` point to it.
 """
 
+import errno
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from types import FrameType
 
 from common.errors import InfrastructureError, UserError
 from common.futures import in_thread
-from common.integrity import MANIFEST, FileRecord, find_damage, flush, write_manifest
+from common.integrity import MANIFEST, FileRecord, covered_bytes, find_damage, flush, write_manifest
 from rl.inflight import Batches, write_batches
 from rl.origin import Origin
 
@@ -85,6 +86,7 @@ class Checkpoints:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+            self._check_room()
             files = write(temporary)
         except (OSError, InfrastructureError) as error:
             refused: Future[Path] = Future()
@@ -100,6 +102,14 @@ class Checkpoints:
             return final
 
         return in_thread(finish, f"save-{state.step}")
+
+    def _check_room(self) -> None:
+        """Refuse before the disk is full: metrics and logs are often written to the same one."""
+        latest = self.latest()
+        needed = 0 if latest is None else covered_bytes(latest)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{free} bytes free, the last checkpoint has {needed}")
 
     def _complete(
         self,

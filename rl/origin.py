@@ -57,7 +57,7 @@ class Origin:
             UserError: it was another model's.
         """
         saved = read_origin(checkpoint)
-        for name in sorted(self.model.keys() | saved.model.keys()):
+        for name in dict.fromkeys([*self.model, *saved.model]):
             ours, theirs = self.model.get(name), saved.model.get(name)
             if ours != theirs:
                 raise UserError(

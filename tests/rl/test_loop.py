@@ -1,6 +1,7 @@
 """The main loop against a cluster that only writes down what it is asked."""
 
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from common.records import Completion, Group, Problem, Rollout, Score, Scored
 from common.seeding import derive_seed
 from models.decoding import DecodingConfig
 from rl.checkpoint import Checkpoints, RunState, read_state
+from rl.inflight import read_batches
 from rl.loop import Loop
 from rl.protocol import LoopPlan
 from rl.saving import Saver
@@ -217,6 +219,117 @@ def test_resume_goes_on_where_the_checkpoint_stopped(tmp_path: Path) -> None:
     assert again.weights == 4
     assert [c for c in again.calls if c.startswith("generate")] == ["generate 2", "generate 3"]
     assert [step for step, _ in monitor.records] == [3, 4]
+
+
+def test_scored_batches_are_not_rolled_out_again(tmp_path: Path) -> None:
+    """At staleness 2 two batches are ahead; the resumed run uses them as they were."""
+    cluster = FakeCluster()
+    loop, _ = make_loop(tmp_path, cluster, steps=9, save_every=3, max_staleness=2)
+    original = loop.saver.save
+
+    def save(state: RunState, batches: Any) -> None:
+        for _, future in loop.in_flight:  # scored in their threads, at some time
+            future.result(60)
+        flying = enumerate((future for _, future in loop.in_flight), start=state.step)
+        original(state, {step: future.result(60) for step, future in flying})
+        if state.step == 3:
+            raise KeyboardInterrupt
+
+    loop.saver.save = save  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    saved = tmp_path / "rl" / "global_step_3"
+    again = FakeCluster()
+    again.load(saved)
+    loop, monitor = make_loop(tmp_path, again, start=3, steps=9, max_staleness=2)
+    loop.scored = read_batches(saved, batch)
+    assert list(loop.scored) == [3, 4]
+    loop.run()
+    assert [call for call in again.calls if call.startswith("generate")] == [
+        f"generate {step}" for step in range(5, 9)
+    ]
+    assert [call for call in again.calls if call.startswith("update")] == [
+        f"update {step}" for step in range(3, 9)
+    ]
+    assert [metrics["trained"] for _, metrics in monitor.records] == [4.0] * 6
+
+
+def test_a_save_without_waiting_takes_what_is_scored(tmp_path: Path) -> None:
+    """A batch that is still being rolled out, or whose rollout failed, is not in the file."""
+    loop, _ = make_loop(tmp_path, FakeCluster(), steps=9, max_staleness=2)
+    states = []
+    loop.saver.save = lambda state, batches: states.append((state, dict(batches)))  # type: ignore[method-assign, assign]
+    failed: Future[Any] = Future()
+    failed.set_exception(InfrastructureError("reward-0 died"))
+    ready = Scored([], {})
+    loop.in_flight = deque([(batch(4), Future()), (batch(5), done(ready)), (batch(6), failed)])
+    loop.state = RunState(4, 5, 7)
+    loop._save()
+    assert states[0][1] == {5: ready}
+    assert states[0][0].pending == (("4/0", "4/1"), ("5/0", "5/1"), ("6/0", "6/1"))
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path) -> None:
+    class Full(FakeCluster):
+        full_at = 2
+
+        def save(self, folder: Path) -> Future[Any]:
+            if folder.name == f".global_step_{self.full_at}.tmp":
+                (folder / "half").write_text("written")
+                refused: Future[Any] = Future()
+                refused.set_exception(InfrastructureError("cannot write policy: No space left"))
+                return refused
+            return super().save(folder)
+
+    cluster = Full()
+    loop, monitor = make_loop(tmp_path, cluster, steps=3, save_every=1)
+    assert loop.run().step == 3
+    failures = {s: m["checkpoint/failed"] for s, m in monitor.saves if "checkpoint/failed" in m}
+    assert failures == {1: 0.0, 2: 1.0, 3: 0.0}
+    assert {step for step, metrics in monitor.saves if "timing_s/save" in metrics} == {1, 2, 3}
+    written = [metrics for _, metrics in monitor.saves if "timing_s/save_written" in metrics]
+    assert all(metrics["checkpoint/bytes"] > 0 for metrics in written)
+    (said,) = monitor.said
+    assert "step 2 was not saved" in said
+    assert "No space left" in said
+    assert f"training goes on, {tmp_path / 'rl' / 'global_step_1'} stays the last" in said
+    names = sorted(path.name for path in (tmp_path / "rl").iterdir())
+    assert names == ["global_step_1", "global_step_3", "latest"]
+
+
+def test_a_full_disk_at_the_last_step_is_an_error(tmp_path: Path) -> None:
+    """Nobody will try again: what was learned since the last save would be lost in silence."""
+
+    class Full(FakeCluster):
+        def save(self, folder: Path) -> Future[Any]:
+            raise OSError(28, "No space left on device")
+
+    loop, _ = make_loop(tmp_path, Full(), steps=1)
+    with pytest.raises(InfrastructureError, match=r"step 1 was not saved.*No space.*make room"):
+        loop.run()
+
+
+def test_training_goes_on_while_files_are_written(tmp_path: Path) -> None:
+    """The files of step 1 are done only after step 3 has begun; then they are reported once."""
+    files: Future[Any] = Future()
+
+    class Slow(FakeCluster):
+        def save(self, folder: Path) -> Future[Any]:
+            super().save(folder)
+            return files if "step_2" in folder.name else done({})
+
+        def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+            if step == 3:
+                assert Checkpoints(tmp_path).latest() is None
+                files.set_result({})
+            return super().update(groups, step)
+
+    cluster = Slow()
+    loop, monitor = make_loop(tmp_path, cluster, steps=4, save_every=2)
+    loop.run()
+    assert cluster.calls[-4:] == ["score 3", "update 3", "sync", "save"]
+    assert [s for s, m in monitor.saves if "timing_s/save_written" in m] == [2, 4]
+    assert Checkpoints(tmp_path).latest() == tmp_path / "rl" / "global_step_4"
 
 
 def test_interrupt_while_waiting_saves_at_once(tmp_path: Path) -> None:
