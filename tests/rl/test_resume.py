@@ -20,7 +20,7 @@ from models.spec import DiffusionSpec
 from models.tokenizer import train_tokenizer
 from rl.checkpoint import Checkpoints, read_state
 from rl.config import load_train_config
-from rl.train import run_training
+from rl.train import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVED, KILLED = 10, 5, 7
@@ -102,7 +102,7 @@ def overrides(run: Path, engine: Mapping[str, Any]) -> list[str]:
 def train_here(base: Path, run: Path, engine: Mapping[str, Any]) -> None:
     config = load_train_config(base / "config.yaml", overrides(run, engine))
     sink = JsonlSink(run / METRICS_FILE)
-    run_training(config, sink, SilentProgress())
+    prepare(config).run(sink, SilentProgress())
     sink.close()
 
 

@@ -46,7 +46,7 @@ def test_another_number_of_ranks_goes_on(
     written = saving.save(tmp_path / "step").result(250)
     expected = [saving.update(scored_groups, step) for step in (1, 2)]
     saving.close()
-    files = {path.resolve() for path in tmp_path.rglob("*") if path.is_file()}
+    files = {path.resolve() for path in (tmp_path / "step").rglob("*") if path.is_file()}
     assert {Path(path) for path in written} == files  # of all ranks
     assert all(record_of(Path(path)) == record for path, record in written.items())
     resumed = open_ranks(after, zero_stage=stage)
