@@ -6,6 +6,7 @@
 
 import contextlib
 import io
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
@@ -110,6 +111,7 @@ def _convert(folder: Path, whole: Path) -> str | None:
 
 def whole_weights(folder: Path) -> dict[str, Tensor]:
     """All parameters of a checkpoint in float32 (bf16: of its masters), by the module's names."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed announces its choice
     if is_replicated(folder):
         state = torch.load(folder / REPLICA, map_location="cpu", weights_only=False, mmap=True)
         return dict(state["module"])
