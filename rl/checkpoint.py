@@ -84,7 +84,7 @@ class Checkpoints:
         final = self.folder / f"global_step_{state.step}"
         temporary = self.folder / f".{final.name}.tmp"
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._sweep()
             temporary.mkdir(parents=True)
             self._check_room()
             files = write(temporary)
@@ -97,11 +97,17 @@ class Checkpoints:
             try:
                 records = {} if files is None else files.result(WRITE_TIMEOUT_S)
                 self._complete(state, temporary, final, records, batches or {})
-            except (OSError, InfrastructureError) as error:
+            except (OSError, InfrastructureError, UserError) as error:
                 raise _refused(temporary, final, error) from error
             return final
 
         return in_thread(finish, f"save-{state.step}")
+
+    def _sweep(self) -> None:
+        """Remove what a save that was killed has left; there is never more than one under way."""
+        for pattern in (".global_step_*.tmp", ".global_step_*.old"):
+            for left in self.folder.glob(pattern):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _check_room(self) -> None:
         """Refuse before the disk is full: metrics and logs are often written to the same one."""

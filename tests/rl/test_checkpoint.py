@@ -139,6 +139,17 @@ def test_nothing_sound_is_left(tmp_path: Path) -> None:
         checkpoints.resume_from("auto", said.append)
 
 
+def test_leftovers_of_a_killed_save_are_swept(tmp_path: Path) -> None:
+    """They may be as large as a checkpoint, and of a step that is never saved again."""
+    left = tmp_path / "rl" / ".global_step_7.tmp" / "policy"
+    left.mkdir(parents=True)
+    (left / "half").write_text("written")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.resume_from("auto") is None
+    checkpoints.save(state(4), write)
+    assert sorted(p.name for p in (tmp_path / "rl").iterdir()) == ["global_step_4", "latest"]
+
+
 def test_keep_last_n(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last_n=2)
     for step in (2, 9, 10, 11):
