@@ -1,6 +1,6 @@
 """Which model a checkpoint folder holds, in a few numbers; and all of it but the weights.
 
-Not a loader (`models.checkpoint`): nothing here reads a tensor.
+Not a loader (`models.checkpoint`): no tensor is read.
 """
 
 import zlib
@@ -8,13 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
-
-from common.errors import UserError
-from models.checkpoint import REFUSALS, check_checkpoint
-from models.public import public_plan
-from models.spec import DiffusionSpec
-from models.tokenizer import load_tokenizer
+from models.outline import Outline
 
 SIZES = (
     "model_type",
@@ -30,17 +24,13 @@ SIZES = (
 SAMPLE_BYTES = 2**20
 
 
-def architecture(folder: Path) -> dict[str, Any]:
+def architecture(outline: Outline) -> dict[str, Any]:
     """What must be equal for two models to take each other's parameters and mean the same.
 
     The sizes of the stock model (of a public folder: as it would be mapped) and `diffusion.json`.
-
-    Raises:
-        UserError: the folder holds no model that can be understood.
     """
-    config, spec = _config(folder)
-    sizes = {name: getattr(config, name) for name in SIZES if hasattr(config, name)}
-    return sizes | asdict(spec)
+    sizes = {name: getattr(outline.config, name, None) for name in SIZES}
+    return {name: size for name, size in sizes.items() if size is not None} | asdict(outline.spec)
 
 
 def weights_mark(folder: Path) -> int:
@@ -59,25 +49,9 @@ def weights_mark(folder: Path) -> int:
     return mark
 
 
-def save_description(folder: Path, out: Path) -> None:
-    """Write config, tokenizer and `diffusion.json` of `folder` into `out`: all but the weights."""
-    config, spec = _config(folder)
-    plan = public_plan(folder)
+def save_outline(outline: Outline, out: Path) -> None:
+    """Write config, tokenizer and `diffusion.json`: a checkpoint folder without its weights."""
     out.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(out)
-    (load_tokenizer(folder) if plan is None else plan.tokenizer).save_pretrained(out)
-    spec.save(out)
-
-
-def _config(folder: Path) -> tuple[PretrainedConfig, DiffusionSpec]:
-    check_checkpoint(folder)
-    plan = public_plan(folder)
-    if plan is not None:
-        return plan.config, plan.spec
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except REFUSALS as error:
-        raise UserError(
-            f"{folder}: cannot read config.json: {' '.join(str(error).split())}"
-        ) from error
-    return config, DiffusionSpec.load(folder)
+    outline.config.save_pretrained(out)
+    outline.tokenizer.save_pretrained(out)
+    outline.spec.save(out)

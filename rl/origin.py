@@ -7,13 +7,14 @@ problems are allowed and said aloud: what goes on is no longer quite the run tha
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.records import Problem
-from models.identity import architecture, save_description, weights_mark
+from models.identity import architecture, save_outline, weights_mark
+from models.outline import Outline
 
 ORIGIN_FILE, DESCRIPTION = "origin.json", "model"
 # Settings that say how long, how often and how loud, not what is learned.
@@ -36,19 +37,28 @@ class Origin:
     weights: int
     problems: int
     folder: Path
+    outline: Outline | None = None  # the running run's; what is read back has none
 
     @staticmethod
-    def of(config: Mapping[str, Any], folder: Path, problems: Sequence[Problem]) -> "Origin":
-        """Of a run that trains the model in `folder` on `problems`. UserError as `architecture`."""
+    def of(config: Mapping[str, Any], outline: Outline, problems: Sequence[Problem]) -> "Origin":
+        """Of a run that trains the model of `outline` on `problems`."""
+        folder = outline.folder
         return Origin(
-            config, architecture(folder), weights_mark(folder), _fingerprint(problems), folder
+            config,
+            architecture(outline),
+            weights_mark(folder),
+            _fingerprint(problems),
+            folder,
+            outline,
         )
 
     def write(self, out: Path) -> None:
         """Write `origin.json`, and config and tokenizer of the model under `model/`."""
-        record = asdict(self) | {"folder": str(self.folder)}
+        record = vars(replace(self, outline=None)) | {"folder": str(self.folder)}
+        del record["outline"]
         (out / ORIGIN_FILE).write_text(json.dumps(record, indent=1) + "\n")
-        save_description(self.folder, out / DESCRIPTION)
+        if self.outline is not None:
+            save_outline(self.outline, out / DESCRIPTION)
 
     def check(self, checkpoint: Path) -> list[str]:
         """Compare with the run that wrote `checkpoint`: remarks for people, or an error.

@@ -4,7 +4,6 @@ Everything a user can have got wrong is looked at before the first worker starts
 written; what a step does is `rl.loop`.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -25,10 +24,10 @@ from common.exits import exit_codes
 from common.metrics import Sink, open_metrics
 from common.progress import Progress, open_progress
 from common.records import Problem
-from models.checkpoint import check_checkpoint, load_spec
+from models.attention import check_attention
+from models.outline import Outline, load_outline
 from models.reshard import check_engine
-from models.spec import DiffusionSpec
-from models.tokenizer import check_tokenizer, encode_prompt, load_tokenizer
+from models.tokenizer import encode_prompt
 from rewards.compose import verify_rewards
 from rl.checkpoint import Checkpoints, RunState, read_state
 from rl.config import TrainConfig, load_train_config
@@ -168,7 +167,7 @@ def prepare(config: TrainConfig) -> Job:
     test = _problems(config, "test") if evaluates else []
     stream = ProblemStream(train, config.rollout.prompts_per_step, config.data.seed)
     _check_prompts(config, outline, {config.data.train: train, config.data.test: test})
-    origin = Origin.of(config.model_dump(mode="json"), folder, train)
+    origin = Origin.of(config.model_dump(mode="json"), outline, train)
     remarks: list[str] = []
     state = RunState(0, 0, config.run.seed)
     resume_from = Checkpoints(config.run.path).resume_from(config.run.resume, remarks.append)

@@ -14,6 +14,7 @@ from common.progress import SilentProgress
 from common.records import Completion, Group, Problem, Rollout, Score
 from models.checkpoint import load_checkpoint, new_model, save_checkpoint
 from models.engine import EngineConfig, OptimConfig
+from models.outline import load_outline
 from models.spec import DiffusionSpec
 from models.tokenizer import train_tokenizer
 from rl.checkpoint import Checkpoints, RunState
@@ -71,7 +72,7 @@ def saved_run(sft: Path, run: Path, engine: dict[str, Any]) -> LearnerWorker:
     learner = LearnerWorker(plan, LocalWeightStore())
     learner.start()
     learner.update(groups(), 0)
-    origin = Origin.of({}, sft, [])
+    origin = Origin.of({}, load_outline(sft), [])
     Checkpoints(run, origin=origin).save(RunState(3, 4, 0), learner.save)
     return learner
 

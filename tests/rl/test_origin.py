@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from common.errors import UserError
 from common.records import Problem
 from models.checkpoint import new_model, save_checkpoint
+from models.outline import load_outline
 from models.spec import DiffusionSpec
 from models.tokenizer import load_tokenizer, train_tokenizer
 from rl.origin import Origin, read_origin
@@ -54,12 +55,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(model: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "global_step_3"
     folder.mkdir()
-    Origin.of(CONFIG, model, PROBLEMS).write(folder)
+    Origin.of(CONFIG, load_outline(model), PROBLEMS).write(folder)
     return folder
 
 
 def test_the_same_run_fits_without_a_word(model: Path, checkpoint: Path) -> None:
-    assert Origin.of(CONFIG, model, PROBLEMS).check(checkpoint) == []
+    assert Origin.of(CONFIG, load_outline(model), PROBLEMS).check(checkpoint) == []
     saved = read_origin(checkpoint)
     assert saved.model["hidden_size"] == 32
     assert saved.model["block_size"] == 4
@@ -69,7 +70,7 @@ def test_the_same_run_fits_without_a_word(model: Path, checkpoint: Path) -> None
 
 def test_a_moved_model_is_the_same_model(model: Path, checkpoint: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(model, tmp_path / "elsewhere"))
-    assert Origin.of(CONFIG, moved, PROBLEMS).check(checkpoint) == []
+    assert Origin.of(CONFIG, load_outline(moved), PROBLEMS).check(checkpoint) == []
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_another_model(
 ) -> None:
     other = make_model(tmp_path / "other", **changes)
     with pytest.raises(UserError, match="checkpoint of another model") as caught:
-        Origin.of(CONFIG, other, PROBLEMS).check(checkpoint)
+        Origin.of(CONFIG, load_outline(other), PROBLEMS).check(checkpoint)
     assert "\n" not in str(caught.value)
     assert str(other) in str(caught.value)
     assert named in str(caught.value)
@@ -101,14 +102,14 @@ def test_other_weights_would_be_another_reference(
     weights["model.norm.weight"][-1] += 1e-3
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"started from other weights.*model\.path"):
-        Origin.of(CONFIG, other, PROBLEMS).check(checkpoint)
+        Origin.of(CONFIG, load_outline(other), PROBLEMS).check(checkpoint)
 
 
 def test_other_settings_and_problems_are_said(model: Path, checkpoint: Path) -> None:
     changed = json.loads(json.dumps(CONFIG))
     changed["optim"]["lr"] = 2e-3
     changed["train"]["steps"] = 8  # going on for longer is no other run
-    remarks = Origin.of(changed, model, PROBLEMS[::-1]).check(checkpoint)
+    remarks = Origin.of(changed, load_outline(model), PROBLEMS[::-1]).check(checkpoint)
     assert remarks == [
         "settings changed since the checkpoint: optim.lr 0.001 -> 0.002",
         "the training problems changed since the checkpoint (data.train)",
@@ -120,4 +121,4 @@ def test_no_or_damaged_origin(model: Path, checkpoint: Path, text: str | None) -
     path = checkpoint / "origin.json"
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(UserError, match=r"missing|damaged"):
-        Origin.of(CONFIG, model, PROBLEMS).check(checkpoint)
+        Origin.of(CONFIG, load_outline(model), PROBLEMS).check(checkpoint)

@@ -19,6 +19,7 @@ from common.integrity import find_damage
 from common.metrics import read_metrics
 from common.progress import SilentProgress
 from models.checkpoint import load_checkpoint, new_model, save_checkpoint
+from models.outline import load_outline
 from models.spec import DiffusionSpec
 from models.tokenizer import train_tokenizer
 from rl.checkpoint import Checkpoints, RunState
@@ -291,7 +292,7 @@ def another_model_there(folder: Path) -> list[str]:
     other = Path(shutil.copytree(config.model.path, folder / "other"))
     spec = DiffusionSpec.load(other)
     replace(spec, block_size=8).save(other)
-    origin = Origin.of(config.model_dump(mode="json"), other, [])
+    origin = Origin.of(config.model_dump(mode="json"), load_outline(other), [])
     Checkpoints(config.run.path, origin=origin).save(
         RunState(2, 1, run_seed=1), lambda folder: None
     )
