@@ -76,7 +76,8 @@ class Checkpoints:
         """Start to save one step; `write(folder)` puts the cluster's files into a folder.
 
         Returns as soon as `write` does; the rest is done in a thread that no exit waits for.
-        `batches` are those in flight that are scored already.
+        `batches` are those in flight that are scored already. What a worker raises in `write` is
+        passed on: that is not the file system's fault.
 
         The future raises:
             InfrastructureError: the file system refused; the previous checkpoint is untouched.
@@ -88,7 +89,7 @@ class Checkpoints:
             temporary.mkdir(parents=True)
             self._check_room()
             files = write(temporary)
-        except (OSError, InfrastructureError) as error:
+        except OSError as error:
             refused: Future[Path] = Future()
             refused.set_exception(_refused(temporary, final, error))
             return refused

@@ -1,11 +1,13 @@
-"""Batches that were scored but not yet trained on, as a file of a checkpoint. Not their futures.
+"""Batches that were scored but not yet trained on, as a file of a checkpoint. Not the deque.
 
 JSON, never pickle: what a program wrote must not become code. Problems are not stored: a batch's
 problems follow from its step, and a file whose problems are other ones is not used.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from common.records import Group, Problem, Rollout, Scored
 
 INFLIGHT_FILE = "inflight.json"
 Batches = Mapping[int, Scored]
+Flight = tuple[Sequence[Problem], Future[Scored]]
 _ROLLOUTS: TypeAdapter[list[list[Rollout]]] = TypeAdapter(list[list[Rollout]])
 
 
@@ -48,6 +51,27 @@ def read_batches(folder: Path, batch: Callable[[int], Sequence[Problem]]) -> dic
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: damaged ({reason}); resume from an earlier step") from error
     return {step: scored for step, scored in found.items() if scored is not None}
+
+
+def ready(flights: Iterable[Flight], first: int) -> dict[int, Scored]:
+    """Those of the batches in flight that are scored; the first is that of step `first`."""
+    return {
+        step: future.result()
+        for step, (_, future) in enumerate(flights, start=first)
+        if future.done() and future.exception() is None
+    }
+
+
+def taken_up(
+    batches: Batches, batch: Callable[[int], Sequence[Problem]], steps: range
+) -> list[Flight]:
+    """The batches of `steps` that are there, up to the first that is not, as if just scored."""
+    flights = []
+    for step in itertools.takewhile(batches.__contains__, steps):
+        future = Future[Scored]()
+        future.set_result(batches[step])
+        flights.append((batch(step), future))
+    return flights
 
 
 def _read(values: Mapping[str, Any], problems: Sequence[Problem]) -> Scored | None:

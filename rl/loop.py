@@ -19,7 +19,7 @@ from common.seeding import derive_seed
 from rl.batch import drop_stale, rollout_metrics
 from rl.checkpoint import RunState, interrupt_deferred
 from rl.estimates import evaluation_metrics
-from rl.inflight import Batches
+from rl.inflight import Batches, Flight, taken_up
 from rl.protocol import Cluster, LoopPlan, Monitor
 from rl.saving import Saver
 
@@ -40,9 +40,10 @@ class Loop:
     def run(self) -> RunState:
         """Train to the last step. Ctrl-C saves what is finished before it is passed on."""
         plan, self.updating, self.saved = self.plan, False, self.state.step
-        self.in_flight: deque[tuple[Sequence[Problem], Future[Scored]]] = deque()
+        self.in_flight: deque[Flight] = deque()
         self.state = replace(self.state, policy_version=self.cluster.sync_weights())
-        self._take_up_scored()
+        steps = range(self.state.step, plan.steps)
+        self.in_flight.extend(taken_up(self.scored, self.batch, steps))
         try:
             if plan.eval_at_start and self.state.step == 0:
                 self._evaluate()
@@ -64,15 +65,6 @@ class Loop:
                 self._save()
             self.saver.finish(must=True)
             raise
-
-    def _take_up_scored(self) -> None:
-        """Batches that were scored when the run stopped are used as they are, in their order."""
-        step = self.state.step
-        while step in self.scored and step < self.plan.steps:
-            future = Future[Scored]()
-            future.set_result(self.scored[step])
-            self.in_flight.append((self.batch(step), future))
-            step += 1
 
     def _submit(self, step: int) -> None:
         """Generate, then score at once: beside the learner, in a thread that no exit waits for."""
@@ -115,10 +107,7 @@ class Loop:
         self.monitor.log(step, metrics | {"timing_s/evaluate": time.monotonic() - started})
 
     def _save(self) -> None:
-        pending = tuple(tuple(p.problem_id for p in batch) for batch, _ in self.in_flight)
-        flying = enumerate((future for _, future in self.in_flight), start=self.state.step)
-        scored = {step: f.result() for step, f in flying if f.done() and not f.exception()}
-        self.saver.save(replace(self.state, pending=pending), scored)
+        self.saver.save(self.state, self.in_flight)
         self.saved = self.state.step
 
     def _wait(self, future: Future[Any], what: str, step: int) -> Any:

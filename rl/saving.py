@@ -5,12 +5,14 @@ disk costs the new checkpoint, never the run: the one before stays, a line and a
 """
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 from common.errors import InfrastructureError
 from rl.checkpoint import Checkpoints, RunState, Write, interrupt_deferred
-from rl.inflight import Batches
+from rl.inflight import Flight, ready
 from rl.protocol import Monitor
 
 # Later than the cluster's own limit on writing files, which says what it was waiting for.
@@ -42,10 +44,19 @@ class Saver:
         self._under_way: tuple[int, float, Future[Path]] | None = None
         self.newest = newest
 
-    def save(self, state: RunState, batches: Batches) -> None:
-        """Copy the state and return; a save that is still under way is waited for first."""
+    def save(self, state: RunState, in_flight: Sequence[Flight]) -> None:
+        """Copy the state and return; a save that is still under way is waited for first.
+
+        Args:
+            in_flight: the batches after `state.step`; those that are scored are saved too.
+
+        Raises:
+            InfrastructureError: a worker failed while it copied its state.
+        """
         began = time.monotonic()
         self.finish()
+        pending = tuple(tuple(p.problem_id for p in problems) for problems, _ in in_flight)
+        state, batches = replace(state, pending=pending), ready(in_flight, state.step)
         with interrupt_deferred():
             future = self._checkpoints.begin(state, self._write, batches)
             self._under_way = (state.step, began, future)
