@@ -5,6 +5,7 @@ DeepSpeed, no scheduler, no printing) that make it compute what the plain twin c
 number of ranks. What each choice works around is said beside it (DeepSpeed 0.19.8).
 """
 
+import contextlib
 import datetime
 import logging
 import math
@@ -23,7 +24,10 @@ from torch import Tensor, nn
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import LossScaler  # noqa: E402
+from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters  # noqa: E402
+from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 
 from common.errors import UserError  # noqa: E402
 from diffusion.layout import TokenRows  # noqa: E402
@@ -44,6 +48,8 @@ from models.engine import (  # noqa: E402
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 TAG = "engine"
+# All that DeepSpeed's files hold beside tensors and plain values.
+_KNOWN = [LossScaler, ZeroStageEnum, fragment_address]
 
 
 class DeepSpeedEngine:
@@ -138,7 +144,8 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         """See `models.engine.Engine`. Call it on a fresh engine (a limit of ZeRO-3)."""
         schedule_step = read_meta(folder, self._identity())
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        with data_only():
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             raise UserError(f"{folder / TAG}: incomplete; resume from an earlier checkpoint")
         self._schedule_step = schedule_step
@@ -155,6 +162,25 @@ class DeepSpeedEngine:
             "precision": self._precision,
             "ranks": self.world_size,
         }
+
+
+@contextlib.contextmanager
+def data_only() -> Iterator[None]:
+    """While it lasts, no file that DeepSpeed reads can run code (it asks for plain unpickling).
+
+    `torch.load` then takes tensors, plain values and `_KNOWN`, and raises UnpicklingError at
+    anything else.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals(_KNOWN):
+            yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _join_ranks(rank: int, world_size: int) -> torch.device:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -239,6 +240,39 @@ def test_save_and_load_continue_identically(
     assert found["loss"] == expected["loss"]
     for name, value in found["state"].items():
         assert torch.equal(value, expected["state"][name]), name
+
+
+class _Bomb:
+    """Unpickles into a call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "file"),
+    [
+        ("torch", 0, "torch_engine.pt"),
+        ("deepspeed", 0, "*_model_states.pt"),
+        ("deepspeed", 1, "*_optim_states.pt"),
+    ],
+)
+def test_a_checkpoint_runs_no_code(tmp_path: Path, kind: str, stage: int, file: str) -> None:
+    engine = engine_of(kind, stage)
+    train(engine, steps=1)
+    engine.save(tmp_path / "policy")
+    (path,) = (tmp_path / "policy").rglob(file)
+    trap = tmp_path / "trap"
+    state = torch.load(path, weights_only=False)
+    torch.save(state | {"extra": _Bomb(trap)}, path)
+    with pytest.raises(UnpicklingError):
+        engine.load(tmp_path / "policy")
+    assert not trap.exists()
+    torch.load(path, weights_only=False)
+    assert trap.exists()  # it was armed
 
 
 @pytest.mark.parametrize(
