@@ -28,6 +28,7 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters  # no
 
 from common.errors import UserError  # noqa: E402
 from diffusion.layout import TokenRows  # noqa: E402
+from models.data_only import data_only  # noqa: E402
 from models.engine import (  # noqa: E402
     BUCKET_BYTES,
     META_FILE,
@@ -146,7 +147,8 @@ class DeepSpeedEngine:
         """See `models.engine.Engine`. A shard of its own per rank, or one conversion for all."""
         meta = read_meta(folder, self._meta)
         if meta["ranks"] == self.world_size or is_replicated(folder / TAG):
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+            with data_only():
+                loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         else:
             loaded = self._load_resharded(folder, meta["schedule_step"])
         if loaded is None:
@@ -161,7 +163,8 @@ class DeepSpeedEngine:
             # Private (pinned by a test): the public switch is read once, when the engine is built.
             self._engine._config.load_universal_checkpoint = True
             try:
-                loaded, _ = self._engine.load_checkpoint(str(whole.parent), tag=whole.name)
+                with data_only():
+                    loaded, _ = self._engine.load_checkpoint(str(whole.parent), tag=whole.name)
             finally:
                 self._engine._config.load_universal_checkpoint = False
         # At ZeRO-3 DeepSpeed gives all groups one step count, which each of them then advances, and

@@ -6,7 +6,6 @@
 
 import contextlib
 import io
-import os
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import UserError
+from models.data_only import data_only
 from models.engine import TORCH_FILE, EngineConfig, export_name, read_meta
 
 TAG = "engine"
@@ -98,7 +98,7 @@ def _convert(folder: Path, whole: Path) -> str | None:
         inject_missing_state=True,
     )
     try:
-        with _silence():
+        with _silence(), data_only():
             main(arguments)
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:160]
@@ -111,13 +111,12 @@ def _convert(folder: Path, whole: Path) -> str | None:
 
 def whole_weights(folder: Path) -> dict[str, Tensor]:
     """All parameters of a checkpoint in float32 (bf16: of its masters), by the module's names."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed announces its choice
-    if is_replicated(folder):
-        state = torch.load(folder / REPLICA, map_location="cpu", weights_only=False, mmap=True)
-        return dict(state["module"])
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    with _silence(), data_only():
+        if is_replicated(folder):
+            state = torch.load(folder / REPLICA, map_location="cpu", weights_only=True, mmap=True)
+            return dict(state["module"])
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with _silence():
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from common.errors import InfrastructureError, UserError
+from common.files import private_folder
 from common.futures import in_thread
 from common.integrity import MANIFEST, FileRecord, covered_bytes, find_damage, flush, write_manifest
 from rl.inflight import Batches, write_batches
@@ -86,7 +87,8 @@ class Checkpoints:
         temporary = self.folder / f".{final.name}.tmp"
         try:
             self._sweep()
-            temporary.mkdir(parents=True)
+            private_folder(self.folder)
+            temporary.mkdir()
             self._check_room()
             files = write(temporary)
         except OSError as error:

@@ -21,6 +21,7 @@ import typer
 from common.config import dump_config
 from common.errors import UserError
 from common.exits import exit_codes
+from common.files import private_folder
 from common.metrics import Sink, open_metrics
 from common.progress import Progress, open_progress
 from common.records import Problem
@@ -218,8 +219,9 @@ def make_cluster(config: TrainConfig) -> Cluster:
 
 def _write_config(config: TrainConfig) -> None:
     path = config.run.path / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     partial = path.with_suffix(".partial")
+    partial.touch(mode=0o600)
     partial.write_text(dump_config(config))
     os.replace(partial, path)
 

@@ -7,7 +7,6 @@ file, so it imports neither torch nor a configuration.
 
 import logging
 import os
-import re
 import shutil
 import socket
 import sys
@@ -19,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InfrastructureError, UserError
+from common.files import private_folder
+from common.secret_names import is_secret
 
-# Read by Ray when it is imported: say nothing to its makers, hide GPUs from actors without one.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-import ray  # noqa: E402
-import ray._private.worker as ray_worker  # noqa: E402
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError  # noqa: E402
+# isort: off
+from workers.access import admission, forget_secrets, keep_token, loopback, ray
+
+# After `workers.access`, which makes the settings that Ray reads when it is imported.
+import ray._private.worker as ray_worker
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+# isort: on
+
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SHIPPED = [".git", ".venv", "runs", "wandb", "build", "**/__pycache__", "**/.*_cache"]
@@ -35,7 +38,6 @@ MIN_OBJECT_STORE = 200 * MIB
 CONNECT_TIMEOUT_S = 10.0
 TASK_RETRIES = 3
 GRACE_S = 1.0
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_KEY|ACCESS_KEY|^WANDB_|^AWS_")
 
 
 # Joining or starting Ray
@@ -69,17 +71,22 @@ def connect(address: str | None, logical_cpus: float, weight_bytes: int) -> bool
 
 def _start(logical_cpus: float, weight_bytes: int) -> None:
     object_store = _object_store(weight_bytes)
+    keep_token()
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(len(os.sched_getaffinity(0)), int(logical_cpus) + 1),
-            include_dashboard=False,
-            object_store_memory=object_store,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            # Idle workers would cost 45 MiB each, and every actor starts a process of its own.
-            _system_config={"prestart_worker_first_driver": False, "enable_worker_prestart": False},
-        )
+        with loopback():
+            ray.init(
+                address="local",
+                num_cpus=max(len(os.sched_getaffinity(0)), int(logical_cpus) + 1),
+                include_dashboard=False,
+                object_store_memory=object_store,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                # Idle workers would cost 45 MiB each, and actors start processes of their own.
+                _system_config={
+                    "prestart_worker_first_driver": False,
+                    "enable_worker_prestart": False,
+                },
+            )
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InfrastructureError(f"Ray did not start on this machine: {reason}") from error
@@ -109,8 +116,9 @@ def _join(address: str) -> None:
         # A submitted job has brought its tree along; anybody else ships this checkout.
         options["runtime_env"] = {"working_dir": str(ROOT), "excludes": NOT_SHIPPED}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        with admission(address, "cluster.address"):
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"cluster.address={address}: cannot join the Ray cluster: {reason}"
@@ -172,8 +180,7 @@ class Shell:
         # Weights are read where they lie, by readers that only copy from them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         if not secrets:
-            for name in filter(is_secret, list(os.environ)):
-                del os.environ[name]
+            forget_secrets()
         self._problem: UserError | None = None
         try:
             self._worker = build()
@@ -199,14 +206,9 @@ class Shell:
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
 
-def is_secret(name: str) -> bool:
-    """Whether a variable of this name stays out of processes that run a user's rewards."""
-    return bool(_SECRET.search(name.upper())) and not name.startswith("RAY_")
-
-
 def _redirect_output(log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    private_folder(log.parent)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.dup2(descriptor, 1)
@@ -272,7 +274,7 @@ def launch(
     if num_gpus == 0:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if not secrets:
-        environment |= {key: "" for key in os.environ if is_secret(key)}
+        environment |= {key: "" for key, value in os.environ.items() if is_secret(key, value)}
     handle = (
         ray.remote(Shell)
         .options(

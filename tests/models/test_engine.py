@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from models.engine import (
     save_engine,
     split_buckets,
 )
+from models.reshard import read_policy
 from models.spec import DiffusionSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -241,6 +243,41 @@ def test_save_and_load_continue_identically(
     assert found["loss"] == expected["loss"]
     for name, value in found["state"].items():
         assert torch.equal(value, expected["state"][name]), name
+
+
+class _Bomb:
+    """Unpickles into a call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "file"),
+    [
+        ("torch", 0, "torch_engine.pt"),
+        ("deepspeed", 0, "*_model_states.pt"),
+        ("deepspeed", 1, "*_optim_states.pt"),
+    ],
+)
+def test_a_checkpoint_runs_no_code(tmp_path: Path, kind: str, stage: int, file: str) -> None:
+    engine = engine_of(kind, stage)
+    train(engine, steps=1)
+    save_engine(engine, tmp_path / "policy")
+    (path,) = (tmp_path / "policy").rglob(file)
+    trap = tmp_path / "trap"
+    state = torch.load(path, weights_only=False)
+    torch.save(state | {"extra": _Bomb(trap)}, path)
+    with pytest.raises(UnpicklingError):
+        engine.load(tmp_path / "policy")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_policy(tmp_path / "policy")
+    assert not trap.exists()
+    torch.load(path, weights_only=False)
+    assert trap.exists()  # it was armed
 
 
 @pytest.mark.parametrize(

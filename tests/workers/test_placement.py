@@ -17,7 +17,7 @@ from ray import cloudpickle
 
 from common.errors import InfrastructureError, UserError
 from workers import placement
-from workers.placement import Actor, check_fits, connect, find, is_secret, launch, wait
+from workers.placement import Actor, check_fits, connect, find, launch, wait
 
 
 class Parrot:
@@ -97,23 +97,6 @@ def test_object_store_grows_with_the_model() -> None:
     assert placement._object_store(4_000_000) == placement.MIN_OBJECT_STORE
     weights = 100 * placement.MIB
     assert placement._object_store(weights) == 4 * weights + 100 * placement.MIB
-
-
-@pytest.mark.parametrize(
-    ("name", "secret"),
-    [
-        ("HF_TOKEN", True),
-        ("WANDB_API_KEY", True),
-        ("AWS_SECRET_ACCESS_KEY", True),
-        ("OPENAI_API_KEY", True),
-        ("db_password", True),
-        ("PATH", False),
-        ("OMP_NUM_THREADS", False),
-        ("RAY_AUTH_TOKEN_PATH", False),  # Ray's own processes need it to talk
-    ],
-)
-def test_secret_names(name: str, secret: bool) -> None:
-    assert is_secret(name) is secret
 
 
 # With Ray
