@@ -92,6 +92,11 @@ class EngineConfig:
         if self.kind == "torch" and self.zero_stage:
             raise ValueError("kind torch has no zero_stage; set it to 0 or use kind deepspeed")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers in the forward pass: rollout workers and the reference use the same."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
 
 @dataclass(frozen=True, slots=True)
 class StepInfo:

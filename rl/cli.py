@@ -1,7 +1,8 @@
 """The command `unmask`. Options and help only: each command imports its room when it is called.
 
 So `unmask --help` answers at once, without torch. Exit codes: 0, 2 for bad input, 3 for a broken
-machine, 130 for Ctrl-C; `doctor` exits 1 if a line fails, `reward check` if a sample does.
+machine, 130 for Ctrl-C; 1 if a line of `doctor` fails, a sample of `reward check`, or a run that
+`plan` was asked about does not fit.
 """
 
 import os
@@ -84,6 +85,37 @@ def train(
 
     with exit_codes("interrupted; the same command goes on from the last save"):
         run(overrides=overrides, config=config, address=address, dry_run=dry_run)
+
+
+@app.command(
+    epilog=example(
+        "unmask plan --config configs/rl/diffucoder_7b.yaml --gpus 8 --gpu-mem 80",
+        "unmask plan --config configs/rl/diffucoder_7b.yaml --gpus 8 engine.zero_stage=3 --json",
+        "unmask plan --config my.yaml --gpus 4 --gpu h200 --gpu-mem 141 --model there/config.json",
+    )
+)
+def plan(
+    overrides: Overrides = None,
+    config: Annotated[Path, typer.Option(help="YAML file")] = RL_CONFIG,
+    gpus: Annotated[int, typer.Option(min=0, help="in all; 0: everything on CPUs")] = 0,
+    gpu_mem: Annotated[float, typer.Option(min=1, help="GiB of each GPU")] = 80,
+    gpu: Annotated[str, typer.Option(help="for samples/s: a100, h100, h200 or b200")] = "h100",
+    model: Annotated[
+        Path | None,
+        typer.Option(help="checkpoint folder or config.json, instead of model.path"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead")] = False,
+) -> None:
+    """Does a training run fit? Bytes per role and samples/s, worked out; starts nothing.
+
+    Needs the model's config.json only. Exits 1 if it does not fit, and says what to change.
+    Samples/s is an estimate from FLOPs and bytes at stated shares of a GPU's peak.
+    """
+    from rl.plan_page import Machine, plan_run
+
+    with exit_codes():
+        machine = Machine(gpus, gpu_mem, gpu)
+        raise typer.Exit(plan_run(config, overrides or [], model, machine, as_json))
 
 
 @app.command(

@@ -104,7 +104,9 @@ class LearnerWorker:
         )
         reference = None
         if plan.algorithm.beta > 0:
-            loaded = load_checkpoint(plan.checkpoint_folder, device=self._engine.device)
+            folder, device = plan.checkpoint_folder, self._engine.device
+            # In the policy's numbers: else the KL of two equal policies is not zero.
+            loaded = load_checkpoint(folder, dtype=engine.dtype, device=device)
             reference = loaded.denoiser.use(backend)
         self._updater = PolicyUpdater(
             self._engine, reference, self._checkpoint.spec, plan.algorithm, plan.run_seed

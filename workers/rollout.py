@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def rollout_dtype(config: EngineConfig) -> torch.dtype:
     """Decode with the very numbers that the learner's forward pass uses."""
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return config.dtype
 
 
 class RolloutWorker:

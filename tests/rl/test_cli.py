@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
     "pretrain",
     "train",
+    "plan",
     "evaluate",
     "analyze",
     "generate",
@@ -63,6 +64,8 @@ def test_help_lists_every_command_and_needs_no_torch() -> None:
         (("train", "train.stpes=3", "--dry-run"), "train.stpes: unknown key"),
         (("train", "train.steps=many", "--dry-run"), "train.steps"),
         (("train", "model.path=/nowhere"), "/nowhere"),
+        (("plan", "model.path=nowhere"), "none of the known shapes"),
+        (("plan", "--gpu", "tpu"), "--gpu tpu: choose one of"),
         (("pretrain", "tokenizer.vocab=3", "--dry-run"), "tokenizer.vocab: unknown key"),
         (("evaluate", "/nowhere", "data.test_count=2"), "/nowhere"),
         (("evaluate", "/nowhere", "-k", "4", "data.test_count=2"), "pass@4"),
