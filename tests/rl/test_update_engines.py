@@ -1,0 +1,140 @@
+"""One update is one update: engines, ZeRO stages, ranks and accumulation, through `rl.update`.
+
+`tests/models/test_engine.py` compares the engines on a loss of its own. Run as a script this is one
+rank of the two-rank runs.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.records import Completion, Group, Problem, Rollout, Score
+from models.checkpoint import new_model
+from models.denoiser import Denoiser
+from models.engine import EngineConfig, OptimConfig, make_engine
+from models.spec import DiffusionSpec
+from rl.update import AlgorithmConfig, PolicyUpdater
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = DiffusionSpec(mask_token_id=2, logit_shift=False, attention="block_causal", block_size=4)
+ARCHITECTURE: dict[str, Any] = {
+    "model_type": "qwen2", "vocab_size": 24, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, "tie_word_embeddings": True,
+    # Adam divides noise by noise where a gradient is nearly zero; larger weights have few.
+    "initializer_range": 0.2,
+}  # fmt: skip
+OPTIM = OptimConfig(lr=1e-3, grad_clip=0.5, schedule="constant", total_steps=10)
+STEPS, WHOLE, SMALL = 2, 10**6, 60
+# Absolute: 2 % of one step of the learning rate, for gradients that are next to nothing.
+CLOSE = {"rtol": 1e-3, "atol": 2e-5}
+
+
+def groups() -> list[Group]:
+    """Three groups of three completions of different lengths: an odd number for two ranks."""
+    draw = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 24, (count,), generator=draw).tolist())
+
+    found = []
+    for number in range(3):
+        prompt, rollouts = tokens(2 + number), []
+        for index in range(3):
+            length = 3 + (2 * number + 3 * index) % 6
+            tail = -length % 4
+            done = Completion(
+                (*tokens(length - 1), 1), tokens(tail), "", "eos",
+                tuple(range(length + tail)), (1.0,) * (length + tail),
+            )  # fmt: skip
+            score = Score(float(index == number) + 0.1 * index)
+            rollouts.append(Rollout(f"p{number}", index, prompt, done, 0, 0, score))
+        found.append(Group(Problem(f"p{number}", "do"), tuple(rollouts)))
+    return found
+
+
+def updated(config: EngineConfig, budget: int, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
+    """Metrics of each of a few updates, and the parameters after the last."""
+    engine = make_engine(Denoiser(new_model(ARCHITECTURE, 0), SPEC), config, OPTIM, rank, ranks)
+    reference = Denoiser(new_model(ARCHITECTURE, 0), SPEC)
+    algorithm = AlgorithmConfig(num_iterations=2, beta=0.1, tokens_per_micro_batch=budget)
+    updater = PolicyUpdater(engine, reference, SPEC, algorithm, run_seed=3)
+    metrics = [updater.update(groups(), step) for step in range(STEPS)]
+    state = {name: value for bucket in engine.state_buckets() for name, value in bucket.items()}
+    return {"metrics": metrics, "state": state}
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-5)
+    assert found["state"].keys() == expected["state"].keys()
+    for name, value in found["state"].items():
+        torch.testing.assert_close(value, expected["state"][name], **CLOSE, msg=name)
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Any]:
+    """One rank, plain PyTorch, the whole batch in one pass."""
+    found = updated(EngineConfig(kind="torch"), WHOLE)
+    start = dict(new_model(ARCHITECTURE, 0).named_parameters())
+    moved = max(
+        float((value - start[n].detach()).abs().max()) for n, value in found["state"].items()
+    )
+    assert moved > 50 * CLOSE["atol"]  # so that equality means something
+    return found
+
+
+def test_accumulation(plain: dict[str, Any]) -> None:
+    assert_equal(updated(EngineConfig(kind="torch"), SMALL), plain)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_of_zero(plain: dict[str, Any], stage: int) -> None:
+    assert_equal(updated(EngineConfig(zero_stage=stage), SMALL), plain)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what both ranks found at every stage: one pair of processes for all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(folder)], env=environment, cwd=ROOT)
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=250) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return folder
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_at_every_stage(plain: dict[str, Any], stage: int, two_ranks: Path) -> None:
+    first, second = (torch.load(two_ranks / f"{stage}-{rank}.pt") for rank in range(2))
+    assert second["metrics"] == first["metrics"]
+    assert_equal(first, plain)
+
+
+def main(rank: int, folder: Path) -> None:
+    for stage in range(4):
+        found = updated(EngineConfig(zero_stage=stage), SMALL, rank, ranks=2)
+        torch.save(found, folder / f"{stage}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # as in tests/models/test_engine.py: gloo's threads may die at the very end
