@@ -279,6 +279,11 @@ def _deepspeed_config(
             "allgather_bucket_size": bucket,
         },
     }
+    if engine_config.offload_optimizer:
+        pinned = torch.cuda.is_available()
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+        # Its own CPU Adam is compiled at first use; torch's computes the same.
+        config["zero_force_ds_cpu_optimizer"] = False
     if engine_config.precision == "bf16":
         config["bf16"] = {"enabled": True}
         if engine_config.zero_stage > 0:

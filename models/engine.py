@@ -76,6 +76,8 @@ class EngineConfig:
     zero_stage: 0 replicates; 1 shards optimizer state, 2 gradients too, 3 parameters too.
     precision: `bf16` computes in bfloat16 and keeps float32 masters in the optimizer.
     attention: the kernel of the learner's passes; `auto` chooses (`models.attention`).
+    offload_optimizer: moments, masters and their step on the host (ZeRO 1-3).
+    offload_reference: the reference policy on the host, on the device only while it scores.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
@@ -85,8 +87,12 @@ class EngineConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     attention: AttentionChoice = "auto"
+    offload_optimizer: bool = False
+    offload_reference: bool = False
 
     def __post_init__(self) -> None:
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("offload_optimizer needs kind deepspeed and a zero_stage of 1, 2 or 3")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError("zero_stage must be 0, 1, 2 or 3")
         if self.kind == "torch" and self.zero_stage:

@@ -192,24 +192,31 @@ def learner(config: TrainConfig, shape: Shape, gpu: bool) -> Role:
     together = [
         Part("parameters", share(*state.parameters)),
         Part("gradients", share(*state.gradients)),
-        Part("optimizer", share(*state.optimizer)),
+        Part("optimizer", share(*state.optimizer), _place(engine.offload_optimizer)),
     ]
     if config.algorithm.beta > 0:
-        together.append(Part("reference", count * size))
+        together.append(Part("reference", count * size, _place(engine.offload_reference)))
     buckets = 0 if plain else _bucket_bytes(engine, count, ranks)
     if buckets:
         together.append(Part("buckets", buckets))
     logits = head_bytes(shape, size, fits * sample.scored, gpu)
     activations = activation_bytes(shape, engine, fits * sample.rows, length, dense)
     cast = 2 * shape.layers * shape.layer_weights if plain and engine.precision == "bf16" else 0
-    phases = (
+    phases: tuple[Part, ...] = (
         Part("activations and logits", activations + logits + cast),
-        Part("optimizer step", share(*state.step)),
+        Part("optimizer step", share(*state.step), _place(engine.offload_optimizer)),
     )
+    if config.algorithm.beta > 0 and engine.offload_reference and gpu:
+        # It scores before the first pass with gradients: not beside one.
+        phases += (Part("reference visiting", count * size + logits),)
     # Checkpoints are read in float32 on the host, by every rank, before they move.
     host = [Part("reading the checkpoint", 4 * count, "host")]
     host.append(Part("publishing", 2 * BUCKET_BYTES, "host"))
     return Role("learner", ranks, config.cluster.learner.num_gpus, (*together,), (*phases, *host))
+
+
+def _place(offloaded: bool) -> Where:
+    return "host" if offloaded else "device"
 
 
 def _bucket_bytes(engine: EngineConfig, count: int, ranks: int) -> int:

@@ -148,6 +148,8 @@ def _learner_changes(config: TrainConfig, shape: Shape) -> Iterator[dict[str, An
         yield {"algorithm.tokens_per_micro_batch": longest_sample(config, shape).tokens}
     if engine.precision == "fp32":
         yield {"engine.precision": "bf16"}
+    if config.algorithm.beta > 0 and not engine.offload_reference:
+        yield {"engine.offload_reference": True}
     if engine.kind == "deepspeed" and ranks > 1:
         for stage in range(max(engine.zero_stage + 1, 2), 4):
             yield {"engine.zero_stage": stage}
@@ -158,6 +160,8 @@ def _learner_changes(config: TrainConfig, shape: Shape) -> Iterator[dict[str, An
                 "cluster.rollout.min": min(left, config.cluster.rollout.min),
                 "cluster.rollout.max": left,
             }
+    if engine.zero_stage and not engine.offload_optimizer:
+        yield {"engine.offload_optimizer": True}
 
 
 def _rollout_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:

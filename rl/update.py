@@ -6,6 +6,7 @@ a resume can change them.
 """
 
 from collections.abc import Sequence as List
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -22,6 +23,7 @@ from diffusion.likelihood import TokenScorer, estimate_logps, forward_tokens
 from diffusion.views import EstimatorConfig
 from models.denoiser import Denoiser
 from models.engine import Engine
+from models.offload import visiting
 from models.spec import DiffusionSpec
 from models.state_files import StateFiles
 from rl.advantage import Baseline
@@ -62,7 +64,8 @@ class PolicyUpdater:
 
     Args:
         engine: wraps the policy; sums gradients over micro-batches and ranks.
-        reference: frozen copy of a policy on the engine's device; needed if `config.beta` > 0.
+        reference: frozen copy of a policy, on the engine's device or on the host, from where it
+            visits the device to score; needed if `config.beta` > 0.
         spec: how the policy denoises.
         config: the algorithm.
         run_seed: first name of every mask seed.
@@ -112,7 +115,8 @@ class PolicyUpdater:
         old = [
             self._frozen_logps(self._engine.score, plan, step, i) if i else None for i in iterations
         ]
-        reference = [self._reference_logps(plan, step, i) for i in iterations]
+        with self._reference_at_hand():
+            reference = [self._reference_logps(plan, step, i) for i in iterations]
         sums: dict[str, float] = {}
         infos = []
         for i in iterations:
@@ -179,6 +183,12 @@ class PolicyUpdater:
         self, score: TokenScorer, plan: list[MicroBatch], step: int, iteration: int
     ) -> list[Tensor]:
         return [self._logps(score, micro, step, iteration) for micro in plan]
+
+    def _reference_at_hand(self) -> AbstractContextManager[object]:
+        """The reference on the engine's device, if it lives elsewhere (`offload_reference`)."""
+        if self._reference is None:
+            return nullcontext()
+        return visiting(self._reference, self._engine.device)
 
     def _reference_logps(
         self, plan: list[MicroBatch], step: int, iteration: int

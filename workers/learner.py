@@ -105,6 +105,8 @@ class LearnerWorker:
         reference = None
         if plan.algorithm.beta > 0:
             folder, device = plan.checkpoint_folder, self._engine.device
+            if engine.offload_reference:
+                device = torch.device("cpu")
             # In the policy's numbers: else the KL of two equal policies is not zero.
             loaded = load_checkpoint(folder, dtype=engine.dtype, device=device)
             reference = loaded.denoiser.use(backend)

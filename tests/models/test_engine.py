@@ -179,6 +179,11 @@ def test_impossible_engine_in_a_file(tmp_path: Path) -> None:
         load_config(EngineConfig, path)
 
 
+def test_an_optimizer_that_cannot_be_offloaded() -> None:
+    with pytest.raises(ValueError, match="zero_stage"):
+        EngineConfig(zero_stage=0, offload_optimizer=True)
+
+
 # One rank
 
 

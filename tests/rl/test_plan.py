@@ -112,6 +112,21 @@ def test_the_learners_state_by_hand() -> None:
     assert part(role, "reference") == 0
 
 
+def test_what_is_offloaded_lies_on_the_host() -> None:
+    """The optimizer's 12 / 4 bytes a parameter; the reference's 2, which visits before training."""
+    config, shape = shipped("stable_diffcoder_8b")
+    kept = learner(config, shape, gpu=True)
+    config, _ = shipped(
+        "stable_diffcoder_8b", "engine.offload_optimizer=true", "engine.offload_reference=true"
+    )
+    moved = learner(config, shape, gpu=True)
+    count = 8_250_462_208
+    static = sum(p.bytes for p in moved.together if p.where == "device")
+    assert sum(p.bytes for p in kept.together) - static == (3 + 2) * count
+    assert part(moved, "reference visiting") > 2 * count
+    assert moved.host_bytes >= (3 + 2 + 4) * count
+
+
 def test_the_longest_sample_by_hand() -> None:
     """Canvas: three views of 200 + 256. Blocks of 4: 452 clean tokens and 3 x 256 noisy ones."""
     assert longest_sample(*shipped("diffucoder_7b")).tokens == 3 * 456

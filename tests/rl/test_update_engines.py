@@ -99,6 +99,13 @@ def test_every_stage_of_zero(plain: dict[str, Any], stage: int) -> None:
     assert_equal(updated(EngineConfig(zero_stage=stage), SMALL), plain)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_offloaded_optimizer(plain: dict[str, Any], stage: int) -> None:
+    """On the host, gradients of micro-batches are summed elsewhere: none may be lost."""
+    config = EngineConfig(zero_stage=stage, offload_optimizer=True)
+    assert_equal(updated(config, SMALL), plain)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what both ranks found at every stage: one pair of processes for all."""
