@@ -90,7 +90,6 @@ def train(
 @app.command(
     epilog=example(
         "unmask plan --config configs/rl/diffucoder_7b.yaml --gpus 8 --gpu-mem 80",
-        "unmask plan --config configs/rl/diffucoder_7b.yaml --gpus 8 engine.zero_stage=3 --json",
         "unmask plan --config my.yaml --gpus 4 --gpu h200 --gpu-mem 141 --model there/config.json",
     )
 )
@@ -101,8 +100,7 @@ def plan(
     gpu_mem: Annotated[float, typer.Option(min=1, help="GiB of each GPU")] = 80,
     gpu: Annotated[str, typer.Option(help="for samples/s: a100, h100, h200 or b200")] = "h100",
     model: Annotated[
-        Path | None,
-        typer.Option(help="checkpoint folder or config.json, instead of model.path"),
+        Path | None, typer.Option(help="folder or config.json, instead of model.path")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead")] = False,
 ) -> None:

@@ -269,7 +269,8 @@ def rows_at_once(config: TrainConfig, shape: Shape) -> int:
 
 def store_bytes(config: TrainConfig, shape: Shape) -> int:
     """Ray's object store: the versions that are kept, and the one that is being published."""
-    return (KEEP_VERSIONS + 1) * shape.parameters * number_bytes(config.engine.precision)
+    precision = "bf16" if config.cluster.wire == "bf16" else config.engine.precision
+    return (KEEP_VERSIONS + 1) * shape.parameters * number_bytes(precision)
 
 
 def roles_of(config: TrainConfig, shape: Shape, gpus: int) -> tuple[Role, Role]:

@@ -228,20 +228,25 @@ def test_accumulating_1x8_equals_8x1(kind: str, stage: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "stage", "precision"),
-    [("torch", 0, "fp32"), ("deepspeed", 0, "fp32"), ("deepspeed", 1, "fp32")]
-    + [("deepspeed", 3, "fp32"), ("deepspeed", 0, "bf16"), ("deepspeed", 2, "bf16")],
+    ("kind", "stage", "precision", "offload"),
+    [("torch", 0, "fp32", False), ("deepspeed", 0, "fp32", False), ("deepspeed", 1, "fp32", False)]
+    + [("deepspeed", 3, "fp32", False), ("deepspeed", 0, "bf16", False)]
+    + [("deepspeed", 2, "bf16", False), ("deepspeed", 2, "bf16", True)]
+    + [("deepspeed", 3, "fp32", True)],
 )
 def test_save_and_load_continue_identically(
-    tmp_path: Path, kind: str, stage: int, precision: str
+    tmp_path: Path, kind: str, stage: int, precision: str, offload: bool
 ) -> None:
-    straight = engine_of(kind, stage, precision=precision)
+    def fresh() -> Engine:
+        return engine_of(kind, stage, precision=precision, offload_optimizer=offload)
+
+    straight = fresh()
     train(straight)
     save_engine(straight, tmp_path / "policy")
-    resumed = engine_of(kind, stage, precision=precision)
+    resumed = fresh()
     train(resumed, steps=1)  # moments and weights that must be overwritten
     if stage == 3:  # DeepSpeed loads ZeRO-3 into a fresh engine only
-        resumed = engine_of(kind, stage, precision=precision)
+        resumed = fresh()
     resumed.load(tmp_path / "policy")
     expected, found = train(straight), train(resumed)
     assert found["lr"] == expected["lr"] == [learning_rate(OPTIM, step) for step in (3, 4, 5)]

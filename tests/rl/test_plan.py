@@ -106,6 +106,8 @@ def test_the_learners_state_by_hand() -> None:
     assert part(role, "optimizer") == 3 * count
     assert part(role, "reading the checkpoint") == 4 * count
     assert store_bytes(config, shape) == 3 * 2 * count
+    wire = ("engine.precision=fp32", "cluster.wire=bf16")
+    assert store_bytes(*shipped("stable_diffcoder_8b", *wire)) == 3 * 2 * count
     config, _ = shipped("stable_diffcoder_8b", "engine.zero_stage=3", *NO_REFERENCE)
     role = learner(config, shape, gpu=True)
     assert part(role, "parameters") == count // 2
