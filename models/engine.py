@@ -76,7 +76,7 @@ class EngineConfig:
     zero_stage: 0 replicates; 1 shards optimizer state, 2 gradients too, 3 parameters too.
     precision: `bf16` computes in bfloat16 and keeps float32 masters in the optimizer.
     attention: the kernel of the learner's passes; `auto` chooses (`models.attention`).
-    offload_optimizer: moments, masters and their step on the host (ZeRO 1-3).
+    offload_optimizer: moments, masters and their step on the host (ZeRO-3 only).
     offload_reference: the reference policy on the host, on the device only while it scores.
     """
 
@@ -91,8 +91,9 @@ class EngineConfig:
     offload_reference: bool = False
 
     def __post_init__(self) -> None:
-        if self.offload_optimizer and not self.zero_stage:
-            raise ValueError("offload_optimizer needs kind deepspeed and a zero_stage of 1, 2 or 3")
+        # Below stage 3 in bf16 DeepSpeed keeps a gradient that was not finite: it skips for ever.
+        if self.offload_optimizer and self.zero_stage != 3:
+            raise ValueError("offload_optimizer needs kind deepspeed and zero_stage 3")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError("zero_stage must be 0, 1, 2 or 3")
         if self.kind == "torch" and self.zero_stage:

@@ -160,8 +160,8 @@ def _learner_changes(config: TrainConfig, shape: Shape) -> Iterator[dict[str, An
                 "cluster.rollout.min": min(left, config.cluster.rollout.min),
                 "cluster.rollout.max": left,
             }
-    if engine.zero_stage and not engine.offload_optimizer:
-        yield {"engine.offload_optimizer": True}
+    if engine.kind == "deepspeed" and not engine.offload_optimizer:
+        yield {"engine.zero_stage": 3, "engine.offload_optimizer": True}
 
 
 def _rollout_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:

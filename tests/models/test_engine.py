@@ -181,7 +181,7 @@ def test_impossible_engine_in_a_file(tmp_path: Path) -> None:
 
 def test_an_optimizer_that_cannot_be_offloaded() -> None:
     with pytest.raises(ValueError, match="zero_stage"):
-        EngineConfig(zero_stage=0, offload_optimizer=True)
+        EngineConfig(zero_stage=2, offload_optimizer=True)
 
 
 # One rank
@@ -231,7 +231,7 @@ def test_accumulating_1x8_equals_8x1(kind: str, stage: int) -> None:
     ("kind", "stage", "precision", "offload"),
     [("torch", 0, "fp32", False), ("deepspeed", 0, "fp32", False), ("deepspeed", 1, "fp32", False)]
     + [("deepspeed", 3, "fp32", False), ("deepspeed", 0, "bf16", False)]
-    + [("deepspeed", 2, "bf16", False), ("deepspeed", 2, "bf16", True)]
+    + [("deepspeed", 2, "bf16", False), ("deepspeed", 3, "bf16", True)]
     + [("deepspeed", 3, "fp32", True)],
 )
 def test_save_and_load_continue_identically(
@@ -294,10 +294,15 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, kind: str, stage: int, file: 
     ("kind", "stage", "precision"),
     [("torch", 0, "fp32"), ("deepspeed", 0, "fp32"), ("deepspeed", 1, "fp32")]
     + [("deepspeed", 2, "fp32"), ("deepspeed", 3, "fp32"), ("deepspeed", 0, "bf16")]
-    + [("deepspeed", 1, "bf16"), ("deepspeed", 3, "bf16")],
+    + [("deepspeed", 1, "bf16"), ("deepspeed", 2, "bf16"), ("deepspeed", 3, "bf16")],
 )
-def test_a_step_without_a_finite_gradient_is_skipped(kind: str, stage: int, precision: str) -> None:
-    engine = engine_of(kind, stage, precision=precision)
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_step_without_a_finite_gradient_is_skipped(
+    kind: str, stage: int, precision: str, offload: bool
+) -> None:
+    if offload and stage < 3:
+        pytest.skip("cannot be offloaded")
+    engine = engine_of(kind, stage, precision=precision, offload_optimizer=offload)
     before = [bucket for bucket in engine.state_buckets()]
     engine.backward(loss_of(engine, micro_batch(0)) * float("nan"), last=True)
     assert engine.step().skipped

@@ -55,6 +55,7 @@ TINY = {
 # Large enough for its 20 MB to 200 MB to stand out of an interpreter's.
 MEASURED = TINY | {"vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1024}
 ROWS, LENGTH, WEIGHT = 2, 192, 4
+HOST = ("engine.offload_optimizer=true", "engine.offload_reference=true")
 NO_REFERENCE = ("algorithm.beta=0", "algorithm.reference_refresh_steps=0")
 
 
@@ -116,11 +117,9 @@ def test_the_learners_state_by_hand() -> None:
 
 def test_what_is_offloaded_lies_on_the_host() -> None:
     """The optimizer's 12 / 4 bytes a parameter; the reference's 2, which visits before training."""
-    config, shape = shipped("stable_diffcoder_8b")
+    config, shape = shipped("stable_diffcoder_8b", "engine.zero_stage=3")
     kept = learner(config, shape, gpu=True)
-    config, _ = shipped(
-        "stable_diffcoder_8b", "engine.offload_optimizer=true", "engine.offload_reference=true"
-    )
+    config, _ = shipped("stable_diffcoder_8b", "engine.zero_stage=3", *HOST)
     moved = learner(config, shape, gpu=True)
     count = 8_250_462_208
     static = sum(p.bytes for p in moved.together if p.where == "device")

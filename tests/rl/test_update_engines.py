@@ -99,10 +99,9 @@ def test_every_stage_of_zero(plain: dict[str, Any], stage: int) -> None:
     assert_equal(updated(EngineConfig(zero_stage=stage), SMALL), plain)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_offloaded_optimizer(plain: dict[str, Any], stage: int) -> None:
+def test_an_offloaded_optimizer(plain: dict[str, Any]) -> None:
     """On the host, gradients of micro-batches are summed elsewhere: none may be lost."""
-    config = EngineConfig(zero_stage=stage, offload_optimizer=True)
+    config = EngineConfig(zero_stage=3, offload_optimizer=True)
     assert_equal(updated(config, SMALL), plain)
 
 
