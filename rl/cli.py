@@ -1,7 +1,8 @@
 """The command `unmask`. Options and help only: each command imports its room when it is called.
 
 So `unmask --help` answers at once, without torch. Exit codes: 0, 2 for bad input, 3 for a broken
-machine, 130 for Ctrl-C; `doctor` exits 1 if a line fails, `reward check` if a sample does.
+machine, 130 for Ctrl-C; `doctor` exits 1 if a line fails, `reward check` if a
+sample does, `audit` if a run does not add up.
 """
 
 import os
@@ -243,6 +244,21 @@ def report(
         values = write_report(run)
         console.print(stage_table(values))
         console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog=example("unmask audit --run runs/demo", "unmask audit --run runs/mine --json"))
+def audit(
+    run: Annotated[Path, typer.Option(help="run folder, finished or not")] = Path("runs/demo"),
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead")] = False,
+) -> None:
+    """Prove that every sample was generated, scored and trained once, or dropped for a reason.
+
+    Exits 1 if something does not add up.
+    """
+    from rl.operate import audit_run
+
+    with exit_codes():
+        raise typer.Exit(audit_run(run, as_json))
 
 
 @app.command(epilog=example("unmask doctor"))

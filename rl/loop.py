@@ -6,76 +6,54 @@ A deque of batches in flight; how far it runs ahead is the staleness bound: 0 is
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from threading import Thread
-from typing import Any, Protocol
+from typing import Any
 
-from common.errors import InfrastructureError
-from common.records import Group, Problem, Scored
+from common.errors import LearnerLost
+from common.futures import in_thread, result_of
+from common.records import Problem, Scored
 from common.seeding import derive_seed
-from models.decoding import DecodingConfig
 from rl.batch import drop_stale, rollout_metrics
-from rl.checkpoint import Checkpoints, RunState, interrupt_deferred
+from rl.checkpoint import Checkpoints, RunState, interrupt_deferred, read_state
 from rl.estimates import evaluation_metrics
-
-
-class Cluster(Protocol):
-    """The processes that do the work (`workers.local`, `workers.cluster`)."""
-
-    def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]: ...
-    def score(self, groups: Sequence[Group]) -> Future[Scored]: ...
-    def update(self, groups: Sequence[Group], step: int) -> dict[str, float]: ...
-    def sync_weights(self) -> int: ...
-    def evaluate(
-        self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
-    ) -> Future[list[Group]]: ...
-    def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
-    def export(self, folder: Path) -> None: ...
-    def close(self) -> None: ...
-
-
-class Monitor(Protocol):
-    """Who is told what happens; the loop itself prints and writes nothing."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopPlan:
-    """Numbers of one run. `save_every` 0 saves at the end only, `eval_every` 0 never evaluates."""
-
-    steps: int
-    eval_decoding: DecodingConfig
-    run_seed: int = 0
-    save_every: int = 0
-    eval_every: int = 0
-    eval_at_start: bool = False
-    max_staleness: int = 0
-    timeout_s: float = 600.0
+from rl.ledger import Ledger
+from rl.protocol import Cluster, LoopPlan, Monitor
 
 
 @dataclass
 class Loop:
-    """One run. `state` says how far it is; `run` goes on from there to `plan.steps`."""
+    """One run. `run` goes on from `checkpoint` (None: from nothing) to `plan.steps`."""
 
     cluster: Cluster
     batch: Callable[[int], Sequence[Problem]]  # of a step: a pure function (`rl.data`)
     test: Sequence[Problem]
     plan: LoopPlan
     checkpoints: Checkpoints
+    ledger: Ledger
     monitor: Monitor
-    state: RunState
+    finish: Callable[[int], None]  # called once with the last step, while the workers live
+    checkpoint: Path | None = None
 
     def run(self) -> RunState:
-        """Train to the last step. Ctrl-C saves what is finished before it is passed on."""
-        plan, self.updating, self.saved = self.plan, False, self.state.step
+        """Train to the last step. Ctrl-C saves what is finished before it is passed on.
+
+        A learner that dies takes the run back to its last checkpoint, not to its end.
+        """
+        loss: LearnerLost | None = None
+        while True:
+            try:
+                return self._run(loss)
+            except LearnerLost as error:
+                loss = error
+
+    def _run(self, loss: LearnerLost | None) -> RunState:
+        plan, self.updating = self.plan, False
         self.in_flight: deque[tuple[Sequence[Problem], Future[Scored]]] = deque()
-        self.state = replace(self.state, policy_version=self.cluster.sync_weights())
+        self._start(loss)
         try:
             if plan.eval_at_start and self.state.step == 0:
                 self._evaluate()
@@ -89,26 +67,41 @@ class Loop:
                     self._evaluate()
                 if last or (plan.save_every and self.state.step % plan.save_every == 0):
                     self._save()
+            self.finish(self.state.step)
             return self.state
         except KeyboardInterrupt:
             if not self.updating and self.saved != self.state.step:
                 self._save()
             raise
 
+    def _start(self, loss: LearnerLost | None) -> None:
+        """Where the checkpoint stopped, with its weights served."""
+        seed, cause = self.plan.run_seed, "resume" if self.checkpoint else "start"
+        self.state = read_state(self.checkpoint, seed) if self.checkpoint else RunState(0, 0, seed)
+        self.saved, step = self.state.step, self.state.step
+        if loss is not None:
+            cause = f"learner lost: {loss}"
+            self.monitor.say(f"{loss}; the learner starts anew and goes on from step {step}")
+            self.cluster.recover(self.checkpoint)
+        elif self.checkpoint is not None:
+            self.cluster.load(self.checkpoint)
+        self.life = self.ledger.begin(step, cause)
+        self.state = replace(self.state, policy_version=self.cluster.sync_weights())
+
     def _submit(self, step: int) -> None:
-        """Generate, then score at once: beside the learner, in a thread that no exit waits for."""
-        problems, future = self.batch(step), Future[Scored]()
+        """Generate, then score at once, beside the learner."""
+        problems, life = self.batch(step), self.life
         seed = derive_seed(self.plan.run_seed, "rollout", step)
+        life.planned(step, problems)
 
-        def roll() -> None:
-            try:
-                groups = self._wait(self.cluster.generate(problems, seed), "generate", step)
-                future.set_result(self._wait(self.cluster.score(groups), "score", step))
-            except BaseException as error:  # handed to the main thread, which raises it
-                future.set_exception(error)
+        def roll() -> Scored:
+            groups = self._wait(self.cluster.generate(problems, seed), "generate", step)
+            life.generated(step, groups)
+            scored = self._wait(self.cluster.score(groups), "score", step)
+            life.scored(step, scored.groups)
+            return scored
 
-        self.in_flight.append((problems, future))
-        Thread(target=roll, name=f"rollouts-{step}", daemon=True).start()
+        self.in_flight.append((problems, in_thread(roll, f"rollouts-{step}")))
 
     def _train_step(self) -> None:
         step, clock = self.state.step, [time.monotonic()]
@@ -124,6 +117,7 @@ class Loop:
             clock.append(time.monotonic())
             self.in_flight.popleft()
             self.updating = False
+            self.life.settled(step, new.groups, fresh)
             spans = zip(("rollouts", "update", "sync"), pairwise(clock), strict=True)
             metrics |= {f"timing_s/{name}": after - before for name, (before, after) in spans}
             self.monitor.log(step + 1, metrics | new.sums | {"timing_s/step": clock[-1] - clock[0]})
@@ -138,12 +132,12 @@ class Loop:
     def _save(self) -> None:
         pending = tuple(tuple(p.problem_id for p in batch) for batch, _ in self.in_flight)
         with interrupt_deferred():
-            self.checkpoints.save(replace(self.state, pending=pending), self.cluster.save)
+            state = replace(self.state, pending=pending)
+            self.checkpoint = self.checkpoints.save(state, self.cluster.save)
             self.saved = self.state.step
 
     def _wait(self, future: Future[Any], what: str, step: int) -> Any:
-        try:  # later than the cluster's own limit, which can name the actor and its log
-            return future.result(2.5 * self.plan.timeout_s)
-        except TimeoutError as error:
-            text = f"{what} of step {step}: nothing in cluster.timeout_s={self.plan.timeout_s:g}"
-            raise InfrastructureError(f"{text}; see the logs under the run's logs/") from error
+        # Later than the cluster's own limit, which can name the actor and its log.
+        limit = self.plan.timeout_s
+        name, source = f"{what} of step {step}", f"cluster.timeout_s={limit:g}"
+        return result_of(future, name, 2.5 * limit, source)

@@ -33,7 +33,9 @@ from rl.checkpoint import Checkpoints, RunState, read_state
 from rl.config import TrainConfig, load_train_config
 from rl.data import ProblemStream, check_prompt_lengths, take_problems
 from rl.evaluate import check_decoding, greedy
-from rl.loop import Cluster, Loop, LoopPlan
+from rl.ledger import LEDGER_FILE, Ledger
+from rl.loop import Loop
+from rl.protocol import Cluster, LoopPlan
 from workers.rollout import rollout_dtype
 
 STAGE = "rl"
@@ -92,10 +94,7 @@ class Job:
             if self.resume_from is not None:
                 done = f"{self.state.step} of {steps} steps"
                 progress.say(f"resuming from {self.resume_from} ({done})")
-                cluster.load(self.resume_from)
-            state = self._loop(cluster, _Monitor(sink, progress)).run()
-            _export(cluster, self.export_folder, state.step)
-        return state
+            return self._loop(cluster, _Monitor(sink, progress)).run()
 
     def _loop(self, cluster: Cluster, monitor: "_Monitor") -> Loop:
         config = self.config
@@ -110,7 +109,17 @@ class Job:
             timeout_s=config.cluster.timeout_s,
         )
         checkpoints = Checkpoints(config.run.path, config.train.keep_last_n)
-        return Loop(cluster, self.stream.batch, self.test, plan, checkpoints, monitor, self.state)
+        return Loop(
+            cluster,
+            self.stream.batch,
+            self.test,
+            plan,
+            checkpoints,
+            Ledger(config.run.path / LEDGER_FILE, config.rollout.group_size),
+            monitor,
+            finish=lambda step: _export(cluster, self.export_folder, step),
+            checkpoint=self.resume_from,
+        )
 
 
 class _Monitor:
@@ -129,6 +138,9 @@ class _Monitor:
             self._progress.update(step, **shown)
         if metrics.get("update/no_signal"):
             self._progress.say(f"step {step}: no group had any spread, so nothing was learned")
+
+    def say(self, text: str) -> None:
+        self._progress.say(text)
 
 
 def prepare(config: TrainConfig) -> Job:

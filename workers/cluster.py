@@ -5,7 +5,6 @@ were doing with the same seeds. The ranks of the learner are one gang: if one di
 resumes from its checkpoint. Weights go through the object store, never through the driver.
 """
 
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from common.errors import InfrastructureError
+from common.futures import in_thread
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
 from rl.config import LearnerConfig, PoolConfig, TrainConfig
@@ -77,7 +77,7 @@ class RayWeightStore:
 
 
 class RayCluster:
-    """A `rl.loop.Cluster` of Ray actors.
+    """A `rl.protocol.Cluster` of Ray actors.
 
     Args:
         config: the run. Logs go to `<run>/logs/<role>-<i>.log`; `pids` maps `<role>-<i>` to the
@@ -183,19 +183,19 @@ class RayCluster:
         self._on_learners("start", master)
 
     def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         group_size = self._config.rollout.group_size
-        return _in_thread(lambda: self._generate(problems, seed, group_size), "generate")
+        return in_thread(lambda: self._generate(problems, seed, group_size), "generate")
 
     def score(self, groups: Sequence[Group]) -> Future[Scored]:
-        """See `rl.loop.Cluster`."""
-        return _in_thread(lambda: self._score(groups), "score")
+        """See `rl.protocol.Cluster`."""
+        return in_thread(lambda: self._score(groups), "score")
 
     def evaluate(
         self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
     ) -> Future[list[Group]]:
-        """See `rl.loop.Cluster`."""
-        return _in_thread(
+        """See `rl.protocol.Cluster`."""
+        return in_thread(
             lambda: self._score(self._generate(problems, seed, group_size, decoding)).groups,
             "evaluate",
         )
@@ -226,25 +226,34 @@ class RayCluster:
         return wait(calls, self._timeout_s)
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         metrics: dict[str, float] = self._on_learners("update", ray.put(list(groups)), step)[0]
         return metrics
 
     def sync_weights(self) -> int:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         self._version = self._on_learners("publish", self._version + 1)[0]
         return self._version
 
     def save(self, folder: Path) -> None:
-        """See `rl.loop.Cluster`. With several nodes, to a file system that they share."""
+        """See `rl.protocol.Cluster`. With several nodes, to a file system that they share."""
         self._on_learners("save", folder.resolve())
 
     def load(self, folder: Path) -> None:
-        """See `rl.loop.Cluster`. Call `sync_weights` before the next rollout."""
+        """See `rl.protocol.Cluster`. Call `sync_weights` before the next rollout."""
         self._on_learners("load", folder.resolve())
 
+    def recover(self, folder: Path | None) -> None:
+        """See `rl.protocol.Cluster`."""
+        for rank in self._learners:
+            ray.kill(rank.handle, no_restart=True)
+        self._learners = self._start_learners()
+        self._start_gang()
+        if folder is not None:
+            self.load(folder)
+
     def export(self, folder: Path) -> None:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         self._on_learners("export", folder.resolve())
 
     def _on_learners(self, method: str, *args: Any) -> list[Any]:
@@ -294,17 +303,3 @@ def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
     size, longer = divmod(len(items), parts)
     ends = [(i + 1) * size + min(i + 1, longer) for i in range(parts)]
     return [list(items[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def _in_thread(work: Callable[[], T], name: str) -> Future[T]:
-    """Run `work` beside the caller, in a thread that no exit waits for."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # handed to whoever asks the future
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return future

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class LocalCluster:
-    """A `rl.loop.Cluster` of one process.
+    """A `rl.protocol.Cluster` of one process.
 
     Args:
         config: the run.
@@ -42,22 +42,25 @@ class LocalCluster:
             self._weights,
             dtype=rollout_dtype(config.engine),
         )
-        self._learner = LearnerWorker(LearnerPlan.of(config), self._weights)
+        self._learner = self._new_learner()
         if with_learner:
             self._learner.start()
 
+    def _new_learner(self) -> LearnerWorker:
+        return LearnerWorker(LearnerPlan.of(self._config), self._weights)
+
     def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         return _done(lambda: self._generate(problems, seed, self._config.rollout.group_size))
 
     def score(self, groups: Sequence[Group]) -> Future[Scored]:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         return _done(lambda: self._reward.score(groups))
 
     def evaluate(
         self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
     ) -> Future[list[Group]]:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         return _done(
             lambda: self._reward.score(self._generate(problems, seed, group_size, decoding)).groups
         )
@@ -73,28 +76,36 @@ class LocalCluster:
             return self._rollout.generate(problems, seed, group_size, decoding, self._version)
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         return self._learner.update(groups, step)
 
     def sync_weights(self) -> int:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         self._version = self._learner.publish(self._version + 1)
         return self._version
 
     def save(self, folder: Path) -> None:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         self._learner.save(folder)
 
     def load(self, folder: Path) -> None:
-        """See `rl.loop.Cluster`. Call `sync_weights` before the next rollout."""
+        """See `rl.protocol.Cluster`. Call `sync_weights` before the next rollout."""
         self._learner.load(folder)
 
+    def recover(self, folder: Path | None) -> None:
+        """See `rl.protocol.Cluster`."""
+        self._learner.close()
+        self._learner = self._new_learner()
+        self._learner.start()
+        if folder is not None:
+            self._learner.load(folder)
+
     def export(self, folder: Path) -> None:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         self._learner.export(folder)
 
     def close(self) -> None:
-        """See `rl.loop.Cluster`."""
+        """See `rl.protocol.Cluster`."""
         self._reward.close()
         self._learner.close()
 

@@ -19,6 +19,7 @@ from common.progress import SilentProgress
 from models.checkpoint import load_checkpoint, new_model, save_checkpoint
 from models.spec import DiffusionSpec
 from models.tokenizer import train_tokenizer
+from rl.audit import audit
 from rl.checkpoint import Checkpoints
 from rl.config import load_train_config
 from rl.train import prepare
@@ -189,6 +190,9 @@ def test_a_run_from_nothing_to_an_exported_model(config_file: Path, checkpoint: 
     assert [r["step"] for r in records if "eval/pass@1" in r] == [2, 4]
     assert all(r["perf/tokens_per_s"] > 0 for r in records if "policy/loss" in r)
     assert {r["stage"] for r in records} == {"rl"}
+    proof = audit(run)
+    assert (proof.steps, proof.planned, proof.violations) == (4, 24, [])
+    assert proof.trained == sum(r["batch/samples"] for r in records if "policy/loss" in r)
     before, after = weights(checkpoint), weights(run / "rl" / "hf")
     assert any(not torch.equal(before[name], after[name]) for name in before)
     again = invoke("--config", config_file)

@@ -1,0 +1,43 @@
+"""Work beside the caller, and waiting for it no longer than is bearable. Not a pool of threads."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from common.errors import InfrastructureError
+
+T = TypeVar("T")
+
+
+def in_thread(work: Callable[[], T], name: str) -> Future[T]:
+    """Run `work` beside the caller, in a thread that no exit waits for."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # handed to whoever asks the future
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+def result_of(future: Future[T], what: str, timeout_s: float, limit: str) -> T:
+    """The result, or its exception.
+
+    Args:
+        limit: the setting that `timeout_s` follows from, for the error's text.
+
+    Raises:
+        InfrastructureError: there was none in time; names `what` and the logs.
+    """
+    try:
+        return future.result(timeout_s)
+    except TimeoutError as error:
+        if future.done():  # the work's own
+            raise
+        raise InfrastructureError(
+            f"{what}: nothing within {limit}; see the logs under the run's logs/"
+        ) from error
