@@ -68,10 +68,15 @@ class RolloutConfig(Section):
 
 
 class PoolConfig(Section):
-    """A pool of like workers: between `min` and `max` of them, each with these resources."""
+    """A pool of like workers: between `min` and `max` of them, each with these resources.
+
+    piece: groups that are handed to a worker at once, at least; larger pieces keep its batch full,
+        smaller ones let others help a slow one.
+    """
 
     min: int = Field(default=1, ge=1)
     max: int = Field(default=1, ge=1)
+    piece: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=1, ge=0)
     num_gpus: float = Field(default=0, ge=0)
     threads: int = Field(default=1, ge=1)
@@ -91,6 +96,10 @@ class ClusterConfig(Section):
 
     address: of a running Ray cluster; None uses RAY_ADDRESS, or starts one here.
     timeout_s: longest wait for any one answer of a worker.
+    heartbeat_s: how often every worker is asked for a sign of life.
+    dead_after_s: who is silent for so long is replaced; a dead process is noticed at once.
+    max_failures, failure_window_s: so many failures of one worker, or over one piece of work,
+        within so many seconds and without a finished step between stop the run.
     """
 
     kind: Literal["local", "ray"] = "local"
@@ -99,6 +108,10 @@ class ClusterConfig(Section):
     reward: PoolConfig = PoolConfig()
     learner: LearnerConfig = LearnerConfig()
     timeout_s: float = Field(default=600.0, gt=0)
+    heartbeat_s: float = Field(default=2.0, gt=0)
+    dead_after_s: float = Field(default=30.0, gt=0)
+    max_failures: int = Field(default=4, ge=1)
+    failure_window_s: float = Field(default=900.0, gt=0)
 
 
 class ScheduleConfig(Section):
@@ -199,6 +212,11 @@ def _impossible(config: TrainConfig) -> list[tuple[bool, str]]:
             config.engine.kind == "torch" and cluster.learner.ranks > 1,
             f"engine.kind=torch runs on 1 rank, not cluster.learner.ranks={cluster.learner.ranks}; "
             "set engine.kind=deepspeed",
+        ),
+        (
+            cluster.dead_after_s < 2 * cluster.heartbeat_s,
+            f"cluster.dead_after_s={cluster.dead_after_s:g} is less than two heartbeats; raise it, "
+            f"or lower cluster.heartbeat_s={cluster.heartbeat_s:g}",
         ),
         *_impossible_pools(cluster),
     ]

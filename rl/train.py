@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,7 @@ class Job:
         if self.finished:
             self.say_finished(progress)
             return self.state
-        with closing(make_cluster(self.config)) as cluster:
+        with closing(make_cluster(self.config, progress.say)) as cluster:
             return self.run_on(cluster, sink, progress)
 
     def run_on(self, cluster: Cluster, sink: Sink, progress: Progress) -> RunState:
@@ -195,15 +195,19 @@ def _check_prompts(
         check_decoding(outline, config.rollout.decoding, prompts, dtype)
 
 
-def make_cluster(config: TrainConfig) -> Cluster:
-    """The workers of `config.cluster.kind`; Ray is imported only if it is used."""
+def make_cluster(config: TrainConfig, say: Callable[[str], None]) -> Cluster:
+    """The workers of `config.cluster.kind`; Ray is imported only if it is used.
+
+    Args:
+        say: hears which worker died and what is done about it.
+    """
     if config.cluster.kind == "local":
         from workers.local import LocalCluster
 
         return LocalCluster(config)
     from workers.cluster import RayCluster
 
-    return RayCluster(config)
+    return RayCluster(config, say=say)
 
 
 def _write_config(config: TrainConfig) -> None:
@@ -280,7 +284,7 @@ def _train(job: Job, progress: Progress) -> None:
     config = job.config
     values = config.model_dump(mode="json")
     with (
-        closing(make_cluster(config)) as cluster,
+        closing(make_cluster(config, progress.say)) as cluster,
         open_metrics(config.run.path, config.metrics, progress.say, values) as sink,
     ):
         job.run_on(cluster, sink, progress)

@@ -1,8 +1,8 @@
 """The workers as Ray actors, behind the same protocol as `workers.local`. Not the loop.
 
-Rollout and reward workers restart when they die, pull the newest weights, and repeat what they
-were doing with the same seeds. The ranks of the learner are one gang: if one dies, the run ends and
-resumes from its checkpoint. Weights go through the object store, never through the driver.
+Rollout and reward workers are two crews: who dies or hangs is replaced, its work is done by another
+with the same seeds. The ranks of the learner are a gang: one lost rank takes all of them back to
+the last checkpoint. Weights go through the object store, never through the driver.
 """
 
 import uuid
@@ -10,17 +10,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from common.errors import InfrastructureError
-from common.futures import in_thread
+from common.futures import in_thread, result_of, then
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
+from rewards.compose import check_failures
 from rl.config import LearnerConfig, PoolConfig, TrainConfig
+from workers.crew import Crew
+from workers.gang import Gang
+from workers.health import CrashWatch, Limits
 from workers.learner import LearnerPlan, LearnerWorker
-from workers.placement import Actor, Pending, check_fits, connect, find, launch, ray, wait
+from workers.nodes import check_fits, connect
+from workers.placement import Actor, Pending, Remote, find, launch, ray, wait
+from workers.pool import cut
 from workers.reward import RewardWorker, join
 from workers.rollout import RolloutWorker, rollout_dtype
 from workers.shelf import WeightShelf
@@ -30,9 +36,7 @@ from workers.weights import (
     checksum,
 )
 
-T = TypeVar("T")
 WEIGHTS = "weights"
-CLOSE_TIMEOUT_S = 3.0
 
 
 class RayWeightStore:
@@ -80,25 +84,33 @@ class RayCluster:
     """A `rl.protocol.Cluster` of Ray actors.
 
     Args:
-        config: the run. Logs go to `<run>/logs/<role>-<i>.log`; `pids` maps `<role>-<i>` to the
-            process that started under this name.
+        config: the run. Logs go to `<run>/logs/<role>-<i>.log`.
         with_learner: False starts no learner; only `generate`, `score` and `evaluate` work.
+        say: hears who died and what is done about it, one line each.
 
     Raises:
         UserError: no cluster at the address, too few resources, or a worker's bad input.
         InfrastructureError: a worker did not start.
     """
 
-    def __init__(self, config: TrainConfig, with_learner: bool = True) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        with_learner: bool = True,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._config = config
-        self._timeout_s = config.cluster.timeout_s
+        cluster = config.cluster
+        self._timeout_s = cluster.timeout_s
+        self._limits = Limits(cluster.heartbeat_s, cluster.dead_after_s, cluster.timeout_s)
+        self._watch = CrashWatch(cluster.max_failures, cluster.failure_window_s)
+        self._say = say
         self._version = INITIAL_VERSION
+        self._updated = False
         self._name = f"unmask-{config.run.name}-{uuid.uuid4().hex[:8]}"
-        self._actors: list[Actor] = []
-        self._learners: list[Actor] = []
-        self._rollouts: list[Actor] = []
-        self._rewards: list[Actor] = []
-        self.pids: dict[str, int] = {}
+        self._shelf: Actor | None = None
+        self._gang: Gang | None = None
+        self._crews: list[Crew] = []
         self._owns_ray = False
         try:
             self._launch(with_learner)
@@ -113,16 +125,29 @@ class RayCluster:
         cpus = sum(pool["CPU"] for pool in wanted.values())
         self._owns_ray = connect(self._config.cluster.address, cpus, weight_bytes)
         check_fits(wanted)
-        shelf = self._start_one(WEIGHTS, partial(WeightShelf, KEEP_VERSIONS, INITIAL_VERSION))
-        self._weights = RayWeightStore(self._name, shelf.log, self._timeout_s)
+        shelf = partial(WeightShelf, KEEP_VERSIONS, INITIAL_VERSION)
+        self._shelf = self._start_one(WEIGHTS, shelf)
+        self._weights = RayWeightStore(self._name, self._shelf.log, self._timeout_s)
         # All start at once: most of a start is importing torch.
-        self._learners = self._start_learners() if with_learner else []
-        self._rollouts = self._start_rollouts()
-        self._rewards = self._start_rewards()
         if with_learner:
-            self._start_gang()
-        pids = wait([actor.ask("ready") for actor in self._actors], self._timeout_s)
-        self.pids = {actor.name: pid for actor, pid in zip(self._actors, pids, strict=True)}
+            self._gang = Gang(self._start_ranks, self._meet, self._limits, self._watch)
+        pools = self._config.cluster
+        self._rollouts = self._crew("rollout", self._start_rollout, pools.rollout.min)
+        self._rewards = self._crew("reward", self._start_reward, pools.reward.min, closes=True)
+        ready = [crew.open() for crew in self._crews]
+        if self._gang is not None:
+            self._gang.meet()
+        # Longer than the crews themselves wait for a worker: they can say which.
+        for crew, future in zip(self._crews, ready, strict=True):
+            limit = f"four times cluster.timeout_s={self._timeout_s:g}"
+            result_of(future, f"starting {crew.role} workers", 4 * self._timeout_s, limit)
+
+    def _crew(
+        self, role: str, start: Callable[[str, int], Remote], size: int, closes: bool = False
+    ) -> Crew:
+        crew = Crew(role, start, size, self._limits, self._watch, self._say, closes)
+        self._crews.append(crew)
+        return crew
 
     def _start_one(
         self,
@@ -136,11 +161,9 @@ class RayCluster:
             options |= {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
             options["threads"] = pool.threads
         options.setdefault("num_cpus", 0.0)
-        actor = launch(name, log, build, run=self._name, local=self._owns_ray, **options)
-        self._actors.append(actor)
-        return actor
+        return launch(name, log, build, run=self._name, local=self._owns_ray, **options)
 
-    def _start_rollouts(self) -> list[Actor]:
+    def _start_rollout(self, name: str, incarnation: int) -> Remote:
         pool = self._config.cluster.rollout
         build = partial(
             RolloutWorker,
@@ -150,55 +173,67 @@ class RayCluster:
             pool.threads,
             rollout_dtype(self._config.engine),
         )
-        return [
-            self._start_one(f"rollout-{i}", build, pool, restarts=True, tensors=True)
-            for i in range(pool.min)
-        ]
+        return Remote(self._start_one(name, build, pool, tensors=True, incarnation=incarnation))
 
-    def _start_rewards(self) -> list[Actor]:
+    def _start_reward(self, name: str, incarnation: int) -> Remote:
         pool = self._config.cluster.reward
         build = partial(RewardWorker, self._config.scoring)
-        return [
-            self._start_one(f"reward-{i}", build, pool, restarts=True, secrets=False)
-            for i in range(pool.min)
-        ]
+        return Remote(self._start_one(name, build, pool, secrets=False, incarnation=incarnation))
 
-    def _start_learners(self) -> list[Actor]:
+    def _start_ranks(self, incarnation: int) -> list[Remote]:
         pool = self._config.cluster.learner
         build = partial(LearnerWorker, LearnerPlan.of(self._config), self._weights)
         return [
-            self._start_one(
-                f"learner-{rank}",
-                partial(build, rank, pool.ranks, pool.threads),
-                pool,
-                tensors=True,
+            Remote(
+                self._start_one(
+                    f"learner-{rank}",
+                    partial(build, rank, pool.ranks, pool.threads),
+                    pool,
+                    tensors=True,
+                    incarnation=incarnation,
+                )
             )
             for rank in range(pool.ranks)
         ]
 
-    def _start_gang(self) -> None:
-        master = None
-        if len(self._learners) > 1:
-            master = wait([self._learners[0].ask("meeting_point")], self._timeout_s)[0]
-        self._on_learners("start", master)
+    def _meet(self, gang: Gang) -> None:
+        master = gang.ask(0, "meeting_point") if len(gang.ranks) > 1 else None
+        gang.call("start", master)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """`<role>-<i>` -> the process that works under this name now."""
+        found = {name: pid for crew in self._crews for name, pid in crew.pids.items()}
+        facts = self._gang.facts if self._gang is not None else []
+        return found | {f"learner-{i}": fact.pid for i, fact in enumerate(facts) if fact}
 
     def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]:
         """See `rl.protocol.Cluster`."""
-        group_size = self._config.rollout.group_size
-        return in_thread(lambda: self._generate(problems, seed, group_size), "generate")
+        return self._generate(problems, seed, self._config.rollout.group_size)
 
     def score(self, groups: Sequence[Group]) -> Future[Scored]:
         """See `rl.protocol.Cluster`."""
-        return in_thread(lambda: self._score(groups), "score")
+        pieces = cut(groups, self._rewards.size, self._config.cluster.reward.piece)
+        share = self._config.reward.max_failed_share
+
+        def joined(parts: list[Scored]) -> Scored:
+            scored = join(parts)
+            check_failures(scored.groups, share)
+            return scored
+
+        return then(self._rewards.submit([("score", (piece,)) for piece in pieces]), joined)
 
     def evaluate(
         self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
     ) -> Future[list[Group]]:
         """See `rl.protocol.Cluster`."""
-        return in_thread(
-            lambda: self._score(self._generate(problems, seed, group_size, decoding)).groups,
-            "evaluate",
-        )
+
+        def work() -> list[Group]:
+            # The crews end what takes too long.
+            groups = self._generate(problems, seed, group_size, decoding).result()
+            return self.score(groups).result().groups
+
+        return in_thread(work, "evaluate")
 
     def _generate(
         self,
@@ -206,33 +241,25 @@ class RayCluster:
         seed: int,
         group_size: int,
         decoding: DecodingConfig | None = None,
-    ) -> list[Group]:
+    ) -> Future[list[Group]]:
         rest = (seed, group_size, decoding, self._version)
-        parts = self._spread(self._rollouts, "generate", problems, *rest)
-        return [group for part in parts for group in part]
-
-    def _score(self, groups: Sequence[Group]) -> Scored:
-        return join(self._spread(self._rewards, "score", groups))
-
-    def _spread(
-        self, pool: list[Actor], method: str, items: Sequence[Any], *rest: Any
-    ) -> list[Any]:
-        shares = split_evenly(items, len(pool))
-        calls = [
-            actor.call(method, share, *rest)
-            for actor, share in zip(pool, shares, strict=True)
-            if share
-        ]
-        return wait(calls, self._timeout_s)
+        pieces = cut(problems, self._rollouts.size, self._config.cluster.rollout.piece)
+        done = self._rollouts.submit([("generate", (piece, *rest)) for piece in pieces])
+        return then(done, lambda parts: [group for part in parts for group in part])
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """See `rl.protocol.Cluster`."""
         metrics: dict[str, float] = self._on_learners("update", ray.put(list(groups)), step)[0]
+        self._updated = True
         return metrics
 
     def sync_weights(self) -> int:
         """See `rl.protocol.Cluster`."""
         self._version = self._on_learners("publish", self._version + 1)[0]
+        self._rollouts.hold(False)
+        if self._updated:
+            self._watch.progress()
+        self._updated = False
         return self._version
 
     def save(self, folder: Path) -> None:
@@ -245,10 +272,13 @@ class RayCluster:
 
     def recover(self, folder: Path | None) -> None:
         """See `rl.protocol.Cluster`."""
-        for rank in self._learners:
-            ray.kill(rank.handle, no_restart=True)
-        self._learners = self._start_learners()
-        self._start_gang()
+        for crew in self._crews:
+            crew.drop()
+        # The weights went with the process that had published them.
+        self._rollouts.hold(True)
+        self._updated = False
+        if self._gang is not None:
+            self._gang.rebuild()
         if folder is not None:
             self.load(folder)
 
@@ -258,23 +288,24 @@ class RayCluster:
 
     def _on_learners(self, method: str, *args: Any) -> list[Any]:
         """Every rank at once, as the engine's collectives need."""
-        if not self._learners:
+        if self._gang is None:
             raise ValueError(f"{method}: this cluster was made with_learner=False")
-        return wait([rank.call(method, *args) for rank in self._learners], self._timeout_s)
+        return self._gang.call(method, *args)
 
     def close(self) -> None:
         """End the actors, and Ray itself if this object started it. May be called twice.
 
         Reward workers are asked first: they have sandboxes with processes of their own.
         """
-        actors, self._actors = self._actors, []
+        crews, self._crews = self._crews, []
         if not ray.is_initialized():
             return
-        closing = [actor.call("close").ref for actor in actors if actor in self._rewards]
-        if closing:
-            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
-        for actor in actors:
-            ray.kill(actor.handle, no_restart=True)
+        for crew in crews:
+            crew.close()
+        if self._gang is not None:
+            self._gang.kill()
+        if self._shelf is not None:
+            self._shelf.kill()
         if self._owns_ray:
             ray.shutdown()
 
@@ -296,10 +327,3 @@ def _resources(config: TrainConfig, with_learner: bool) -> dict[str, dict[str, f
             "GPU": cluster.learner.num_gpus * ranks,
         }
     return wanted
-
-
-def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
-    """`parts` consecutive slices whose lengths differ by one at most."""
-    size, longer = divmod(len(items), parts)
-    ends = [(i + 1) * size + min(i + 1, longer) for i in range(parts)]
-    return [list(items[start:end]) for start, end in zip([0, *ends], ends, strict=False)]

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
+from rewards.compose import check_failures
 from rl.config import TrainConfig
 from workers.learner import LearnerPlan, LearnerWorker
 from workers.reward import RewardWorker
@@ -55,14 +56,14 @@ class LocalCluster:
 
     def score(self, groups: Sequence[Group]) -> Future[Scored]:
         """See `rl.protocol.Cluster`."""
-        return _done(lambda: self._reward.score(groups))
+        return _done(lambda: self._score(groups))
 
     def evaluate(
         self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
     ) -> Future[list[Group]]:
         """See `rl.protocol.Cluster`."""
         return _done(
-            lambda: self._reward.score(self._generate(problems, seed, group_size, decoding)).groups
+            lambda: self._score(self._generate(problems, seed, group_size, decoding)).groups
         )
 
     def _generate(
@@ -74,6 +75,11 @@ class LocalCluster:
     ) -> list[Group]:
         with self._decoding:
             return self._rollout.generate(problems, seed, group_size, decoding, self._version)
+
+    def _score(self, groups: Sequence[Group]) -> Scored:
+        scored = self._reward.score(groups)
+        check_failures(scored.groups, self._config.reward.max_failed_share)
+        return scored
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """See `rl.protocol.Cluster`."""

@@ -55,6 +55,11 @@ class RolloutWorker:
         self._turn = threading.Lock()
         self._pull()
 
+    @property
+    def policy_version(self) -> int:
+        """Of the weights it holds."""
+        return self._version
+
     def generate(
         self,
         problems: Sequence[Problem],

@@ -226,8 +226,8 @@ def test_interrupt_closes_the_cluster(config_file: Path, monkeypatch: pytest.Mon
     closed = []
     make = rl.train.make_cluster
 
-    def watched(config: Any) -> Any:
-        cluster: Any = make(config)
+    def watched(config: Any, say: Any) -> Any:
+        cluster: Any = make(config, say)
         close = cluster.close
 
         def note_and_close() -> None:
@@ -370,7 +370,7 @@ def test_a_lost_export_is_made_again(config_file: Path) -> None:
 def test_infrastructure_errors_end_with_the_root_cause(
     config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(config: Any) -> Any:
+    def broken(config: Any, say: Any) -> Any:
         try:
             raise MemoryError("the kernel said no")
         except MemoryError as error:

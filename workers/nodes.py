@@ -1,0 +1,144 @@
+"""The Ray cluster itself: joined or started here, and whether a run fits on its nodes. No actors.
+
+With `workers.placement` and `workers.cluster` the only files that use Ray.
+"""
+
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import InfrastructureError, UserError
+from workers.placement import NAMESPACE, ROOT, ray
+
+NOT_SHIPPED = [".git", ".venv", "runs", "wandb", "build", "**/__pycache__", "**/.*_cache"]
+SHM = Path("/dev/shm")
+MIB = 2**20
+MIN_OBJECT_STORE = 200 * MIB
+CONNECT_TIMEOUT_S = 10.0
+
+
+def connect(address: str | None, logical_cpus: float, weight_bytes: int) -> bool:
+    """Join the cluster at `address` or RAY_ADDRESS, else start one here; True if started.
+
+    A process that is connected already (tests, notebooks) stays with its cluster.
+
+    Args:
+        logical_cpus: what the actors will ask for together; a local start offers that much.
+        weight_bytes: size of one version of the weights; a local object store holds several.
+
+    Raises:
+        UserError: nobody at the address, or no shared memory to start with.
+        InfrastructureError: Ray did not start.
+    """
+    # Private (pinned by a test), and the only way to keep the raylet's remarks off stdout, which is
+    # for people. They are in Ray's own session logs; what matters of them reaches us as errors.
+    ray._private.worker._worker_logs_enabled = False
+    if ray.is_initialized():
+        return False
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        _start(logical_cpus, weight_bytes)
+        return True
+    _join(address)
+    return False
+
+
+def _start(logical_cpus: float, weight_bytes: int) -> None:
+    object_store = _object_store(weight_bytes)
+    try:
+        ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            num_cpus=max(len(os.sched_getaffinity(0)), int(logical_cpus) + 1),
+            include_dashboard=False,
+            object_store_memory=object_store,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            # Idle workers would cost 45 MiB each, and every actor starts a process of its own.
+            _system_config={"prestart_worker_first_driver": False, "enable_worker_prestart": False},
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InfrastructureError(f"Ray did not start on this machine: {reason}") from error
+
+
+def _object_store(weight_bytes: int) -> int:
+    """Bytes for the object store: two versions of the weights, one in the making, one to spare."""
+    wanted = max(MIN_OBJECT_STORE, 4 * weight_bytes + 100 * MIB)
+    if not (SHM.is_dir() and os.access(SHM, os.W_OK)):
+        raise UserError(
+            f"{SHM}: no shared memory for Ray; in a container start it with --shm-size=1g, "
+            "or set cluster.kind=local"
+        )
+    free = shutil.disk_usage(SHM).free
+    if free < wanted:
+        raise UserError(
+            f"{SHM}: {free // MIB} MiB free, Ray needs {wanted // MIB} MiB; free some (in a "
+            "container: --shm-size=1g), or set cluster.kind=local"
+        )
+    return wanted
+
+
+def _join(address: str) -> None:
+    _check_reachable(address)
+    options: dict[str, Any] = {}
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        # A submitted job has brought its tree along; anybody else ships this checkout.
+        options["runtime_env"] = {"working_dir": str(ROOT), "excludes": NOT_SHIPPED}
+    try:
+        ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **options,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"cluster.address={address}: cannot join the Ray cluster: {reason}"
+        ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for a minute and then prints a page; a refused connection needs neither."""
+    if "://" in address:
+        raise UserError(
+            f"cluster.address={address}: Ray Client addresses are not supported; give host:port "
+            "of the head (6379), or submit the run with `ray job submit`"
+        )
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        if address in ("auto", "local"):
+            return
+        raise UserError(f"cluster.address={address}: give host:port, for example 10.0.0.1:6379")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"cluster.address={address}: nobody answers there ({error}); start the cluster, or "
+            "leave cluster.address and RAY_ADDRESS empty to start one here"
+        ) from error
+
+
+def check_fits(wanted: Mapping[str, Mapping[str, float]]) -> None:
+    """UserError if the cluster can never hold the pools: {role: {"CPU": n, "GPU": n}}."""
+    there = ray.cluster_resources()
+    for kind in ("CPU", "GPU"):
+        total = sum(pool.get(kind, 0.0) for pool in wanted.values())
+        if total > there.get(kind, 0.0):
+            parts = ", ".join(f"{role} {pool.get(kind, 0):g}" for role, pool in wanted.items())
+            nodes = ", ".join(
+                f"{node['NodeManagerAddress']} {node['Resources'].get(kind, 0):g}"
+                for node in ray.nodes()
+                if node["Alive"]
+            )
+            raise UserError(
+                f"cluster: asks for {total:g} {kind} ({parts}) but Ray has "
+                f"{there.get(kind, 0.0):g} ({nodes}); lower cluster.*.num_{kind.lower()}s or the "
+                "numbers of workers"
+            )
