@@ -261,6 +261,47 @@ def audit(
         raise typer.Exit(audit_run(run, as_json))
 
 
+Run = Annotated[str, typer.Option(help="run folder; or, with an address, the run's name")]
+Address = Annotated[
+    str | None, typer.Option(help="of the run's Ray cluster, host:port (or set RAY_ADDRESS)")
+]
+
+
+@app.command(
+    epilog=example(
+        "unmask status --run runs/mine", "unmask status --run mine --address 10.0.0.1:6379 --json"
+    )
+)
+def status(
+    run: Run = "runs/demo",
+    address: Address = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead")] = False,
+) -> None:
+    """How far a run is and how each of its workers does, while it goes on."""
+    from rl.operate import show_status
+
+    with exit_codes():
+        show_status(run, address, as_json)
+
+
+@app.command(
+    epilog=example(
+        "unmask scale --run runs/mine rollout=6",
+        "unmask scale --run mine --address 10.0.0.1:6379 rollout=6 reward=2",
+    )
+)
+def scale(
+    sizes: Annotated[list[str], typer.Argument(metavar="role=n", help="rollout=6 reward=2")],
+    run: Run = "runs/demo",
+    address: Address = None,
+) -> None:
+    """Add or remove workers while a run goes on. Removed ones finish their work first."""
+    from rl.operate import scale_run
+
+    with exit_codes():
+        scale_run(sizes, run, address)
+
+
 @app.command(epilog=example("unmask doctor"))
 def doctor() -> None:
     """What this machine has and lacks, with a remedy for each failing line."""

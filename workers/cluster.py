@@ -14,17 +14,19 @@ from typing import Any
 
 from torch import Tensor
 
-from common.errors import InfrastructureError
+from common.errors import InfrastructureError, UserError
 from common.futures import in_thread, result_of, then
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
 from rewards.compose import check_failures
 from rl.config import LearnerConfig, PoolConfig, TrainConfig
+from workers.control import CONTROL, ControlDesk, Pace, Reporter
 from workers.crew import Crew
 from workers.gang import Gang
 from workers.health import CrashWatch, Limits
 from workers.learner import LearnerPlan, LearnerWorker
 from workers.nodes import check_fits, connect
+from workers.operator import forget_place, write_place
 from workers.placement import Actor, Pending, Remote, find, launch, ray, wait
 from workers.pool import cut
 from workers.reward import RewardWorker, join
@@ -110,6 +112,9 @@ class RayCluster:
         self._name = f"unmask-{config.run.name}-{uuid.uuid4().hex[:8]}"
         self._shelf: Actor | None = None
         self._gang: Gang | None = None
+        self._reporter: Reporter | None = None
+        self._pace = Pace()
+        self._step: int | None = None
         self._crews: list[Crew] = []
         self._owns_ray = False
         try:
@@ -141,6 +146,64 @@ class RayCluster:
         for crew, future in zip(self._crews, ready, strict=True):
             limit = f"four times cluster.timeout_s={self._timeout_s:g}"
             result_of(future, f"starting {crew.role} workers", 4 * self._timeout_s, limit)
+        self._open_reporter()
+
+    def _open_reporter(self) -> None:
+        limits = self._limits
+        self._reporter = Reporter(
+            lambda number: Remote(self._start_one(CONTROL, ControlDesk, incarnation=number)),
+            self.status,
+            self._scale,
+            self._say,
+            limits.heartbeat_s,
+            limits.dead_after_s,
+        )
+        self._reporter.open()
+        write_place(self._config.run.path, self._name)
+
+    def status(self) -> dict[str, Any]:
+        """The run as `unmask status` shows it."""
+        crews = {crew.role: crew.status for crew in self._crews}
+        actors = [actor for status in crews.values() for actor in status.actors]
+        idle = {role: round(status.idle, 4) for role, status in crews.items()}
+        if self._gang is not None:
+            self._gang.listen()
+            actors = self._gang.describe(self._version) + actors
+            idle["learner"] = round(self._pace.idle(self._gang.busy_s), 4)
+        steps, step = self._config.train.steps, self._step
+        eta = None if step is None else self._pace.eta_s(steps - step)
+        return {
+            "run": self._config.run.name,
+            "folder": str(self._config.run.path.resolve()),
+            "step": step,
+            "steps": steps,
+            "policy_version": self._version,
+            "eta_s": None if eta is None else round(eta, 1),
+            "idle": idle,
+            "queues": {
+                role: {"waiting": status.waiting, "under_way": status.under_way}
+                for role, status in crews.items()
+            },
+            "reissued": sum(status.reissued for status in crews.values()),
+            "failures": self._watch.total,
+            "actors": actors,
+        }
+
+    def _scale(self, sizes: dict[str, int]) -> str:
+        """Grant an operator's wish. Raises UserError if the cluster cannot hold it."""
+        crews = {crew.role: crew for crew in self._crews}
+        for role, size in sizes.items():
+            if role not in crews or size < 1:
+                raise UserError(
+                    f"scale: {role}={size}; give {' or '.join(sorted(crews))} and a number from 1"
+                )
+        counts = {role: crew.size for role, crew in crews.items()}
+        check_fits(_resources(self._config, self._gang is not None, counts | sizes))
+        for role, size in sizes.items():
+            crews[role].resize(size)
+        done = ", ".join(f"{role} {counts[role]} -> {size}" for role, size in sizes.items())
+        self._say(f"scaled by an operator: {done}")
+        return done
 
     def _crew(
         self, role: str, start: Callable[[str, int], Remote], size: int, closes: bool = False
@@ -251,6 +314,7 @@ class RayCluster:
         """See `rl.protocol.Cluster`."""
         metrics: dict[str, float] = self._on_learners("update", ray.put(list(groups)), step)[0]
         self._updated = True
+        self._step = step + 1
         return metrics
 
     def sync_weights(self) -> int:
@@ -259,6 +323,7 @@ class RayCluster:
         self._rollouts.hold(False)
         if self._updated:
             self._watch.progress()
+            self._pace.step()
         self._updated = False
         return self._version
 
@@ -300,6 +365,9 @@ class RayCluster:
         crews, self._crews = self._crews, []
         if not ray.is_initialized():
             return
+        if self._reporter is not None:
+            self._reporter.close()
+            forget_place(self._config.run.path)
         for crew in crews:
             crew.close()
         if self._gang is not None:
@@ -310,20 +378,19 @@ class RayCluster:
             ray.shutdown()
 
 
-def _resources(config: TrainConfig, with_learner: bool) -> dict[str, dict[str, float]]:
+def _resources(
+    config: TrainConfig, with_learner: bool, counts: Mapping[str, int] | None = None
+) -> dict[str, dict[str, float]]:
+    """What each role asks for; `counts` of workers, if not as many as at the start."""
     cluster = config.cluster
-
-    def pool(one: PoolConfig, count: int) -> dict[str, float]:
-        return {"CPU": one.num_cpus * count, "GPU": one.num_gpus * count}
-
-    wanted = {
-        "rollout": pool(cluster.rollout, cluster.rollout.min),
-        "reward": pool(cluster.reward, cluster.reward.min),
+    pools: dict[str, tuple[PoolConfig | LearnerConfig, int]] = {
+        "rollout": (cluster.rollout, cluster.rollout.min),
+        "reward": (cluster.reward, cluster.reward.min),
     }
     if with_learner:
-        ranks = cluster.learner.ranks
-        wanted["learner"] = {
-            "CPU": cluster.learner.num_cpus * ranks,
-            "GPU": cluster.learner.num_gpus * ranks,
-        }
+        pools["learner"] = (cluster.learner, cluster.learner.ranks)
+    wanted = {}
+    for role, (pool, count) in pools.items():
+        count = (counts or {}).get(role, count)
+        wanted[role] = {"CPU": pool.num_cpus * count, "GPU": pool.num_gpus * count}
     return wanted

@@ -157,8 +157,9 @@ class Gang:
             raise self._watch.verdict(ROLE)
         raise LearnerLost(str(error)) from error
 
-    def describe(self, policy_version: int, now: float) -> list[dict[str, Any]]:
+    def describe(self, policy_version: int) -> list[dict[str, Any]]:
         """The ranks as `unmask status` shows them."""
+        now = self._clock()
         more = {"policy_version": policy_version, "completed": self.completed}
         ranks = enumerate(zip(self.facts, self._vitals, strict=True))
         return [describe(ROLE, f"{ROLE}-{i}", facts, v, now) | more for i, (facts, v) in ranks]

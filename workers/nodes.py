@@ -34,9 +34,7 @@ def connect(address: str | None, logical_cpus: float, weight_bytes: int) -> bool
         UserError: nobody at the address, or no shared memory to start with.
         InfrastructureError: Ray did not start.
     """
-    # Private (pinned by a test), and the only way to keep the raylet's remarks off stdout, which is
-    # for people. They are in Ray's own session logs; what matters of them reaches us as errors.
-    ray._private.worker._worker_logs_enabled = False
+    silence_ray()
     if ray.is_initialized():
         return False
     address = address or os.environ.get("RAY_ADDRESS")
@@ -45,6 +43,15 @@ def connect(address: str | None, logical_cpus: float, weight_bytes: int) -> bool
         return True
     _join(address)
     return False
+
+
+def silence_ray() -> None:
+    """Keep the raylet's remarks off stdout, which is for people.
+
+    They are in Ray's own session logs; what matters of them reaches us as errors. The name is
+    private (a test pins it), and there is no other way.
+    """
+    ray._private.worker._worker_logs_enabled = False
 
 
 def _start(logical_cpus: float, weight_bytes: int) -> None:
@@ -84,7 +91,7 @@ def _object_store(weight_bytes: int) -> int:
 
 
 def _join(address: str) -> None:
-    _check_reachable(address)
+    check_reachable(address, "cluster.address")
     options: dict[str, Any] = {}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         # A submitted job has brought its tree along; anybody else ships this checkout.
@@ -104,23 +111,27 @@ def _join(address: str) -> None:
         ) from error
 
 
-def _check_reachable(address: str) -> None:
-    """Ray itself tries for a minute and then prints a page; a refused connection needs neither."""
+def check_reachable(address: str, source: str) -> None:
+    """Ray itself tries for a minute and then prints a page; a refused connection needs neither.
+
+    Args:
+        source: where the address was given, for the error's text.
+    """
     if "://" in address:
         raise UserError(
-            f"cluster.address={address}: Ray Client addresses are not supported; give host:port "
+            f"{source}={address}: Ray Client addresses are not supported; give host:port "
             "of the head (6379), or submit the run with `ray job submit`"
         )
     host, _, port = address.rpartition(":")
     if not (host and port.isdigit()):
         if address in ("auto", "local"):
             return
-        raise UserError(f"cluster.address={address}: give host:port, for example 10.0.0.1:6379")
+        raise UserError(f"{source}={address}: give host:port, for example 10.0.0.1:6379")
     try:
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise UserError(
-            f"cluster.address={address}: nobody answers there ({error}); start the cluster, or "
+            f"{source}={address}: nobody answers there ({error}); start the cluster, or "
             "leave cluster.address and RAY_ADDRESS empty to start one here"
         ) from error
 
