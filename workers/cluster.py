@@ -5,6 +5,7 @@ with the same seeds. The ranks of the learner are a gang: one lost rank takes al
 the last checkpoint. Weights go through the object store, never through the driver.
 """
 
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -19,18 +20,18 @@ from common.futures import in_thread, result_of, then
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
 from rewards.compose import check_failures
-from rl.config import LearnerConfig, PoolConfig, TrainConfig
+from rl.config import TrainConfig
+from workers.autoscale import Autoscaler
 from workers.control import CONTROL, ControlDesk, Pace, Reporter
 from workers.crew import Crew
 from workers.gang import Gang
 from workers.health import CrashWatch, Limits
-from workers.learner import LearnerPlan, LearnerWorker
+from workers.launcher import Launcher, wants
 from workers.nodes import check_fits, connect
 from workers.operator import forget_place, write_place
-from workers.placement import Actor, Pending, Remote, find, launch, ray, wait
+from workers.placement import Actor, Pending, Remote, find, ray, wait
 from workers.pool import cut
-from workers.reward import RewardWorker, join
-from workers.rollout import RolloutWorker, rollout_dtype
+from workers.reward import join
 from workers.shelf import WeightShelf
 from workers.weights import (
     INITIAL_VERSION,
@@ -115,8 +116,12 @@ class RayCluster:
         self._reporter: Reporter | None = None
         self._pace = Pace()
         self._step: int | None = None
+        pool = cluster.rollout
+        self._autoscaler = Autoscaler(pool.min, pool.max) if cluster.autoscale else None
+        self._measured = (time.monotonic(), 0.0)
         self._crews: list[Crew] = []
         self._owns_ray = False
+        self._launcher: Launcher | None = None
         try:
             self._launch(with_learner)
         except BaseException:
@@ -124,21 +129,23 @@ class RayCluster:
             raise
 
     def _launch(self, with_learner: bool) -> None:
-        wanted = _resources(self._config, with_learner)
+        wanted = wants(self._config, with_learner)
         folder = Path(self._config.model.path).resolve()
         weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        cpus = sum(pool["CPU"] for pool in wanted.values())
+        cpus = sum(want.count * want.each["CPU"] for want in wanted)
         self._owns_ray = connect(self._config.cluster.address, cpus, weight_bytes)
         check_fits(wanted)
+        log = self._config.run.path.resolve() / "logs" / f"{WEIGHTS}.log"
+        weights = RayWeightStore(self._name, log, self._timeout_s)
+        start = self._launcher = Launcher(self._config, self._name, self._owns_ray, weights)
         shelf = partial(WeightShelf, KEEP_VERSIONS, INITIAL_VERSION)
-        self._shelf = self._start_one(WEIGHTS, shelf)
-        self._weights = RayWeightStore(self._name, self._shelf.log, self._timeout_s)
+        self._shelf = start.actor(WEIGHTS, shelf)
         # All start at once: most of a start is importing torch.
         if with_learner:
-            self._gang = Gang(self._start_ranks, self._meet, self._limits, self._watch)
+            self._gang = Gang(start.ranks, self._meet, self._limits, self._watch)
         pools = self._config.cluster
-        self._rollouts = self._crew("rollout", self._start_rollout, pools.rollout.min)
-        self._rewards = self._crew("reward", self._start_reward, pools.reward.min, closes=True)
+        self._rollouts = self._crew("rollout", start.rollout, pools.rollout.min)
+        self._rewards = self._crew("reward", start.reward, pools.reward.min, closes=True)
         ready = [crew.open() for crew in self._crews]
         if self._gang is not None:
             self._gang.meet()
@@ -146,12 +153,12 @@ class RayCluster:
         for crew, future in zip(self._crews, ready, strict=True):
             limit = f"four times cluster.timeout_s={self._timeout_s:g}"
             result_of(future, f"starting {crew.role} workers", 4 * self._timeout_s, limit)
-        self._open_reporter()
+        self._open_reporter(start)
 
-    def _open_reporter(self) -> None:
+    def _open_reporter(self, start: Launcher) -> None:
         limits = self._limits
         self._reporter = Reporter(
-            lambda number: Remote(self._start_one(CONTROL, ControlDesk, incarnation=number)),
+            lambda number: Remote(start.actor(CONTROL, ControlDesk, incarnation=number)),
             self.status,
             self._scale,
             self._say,
@@ -198,7 +205,7 @@ class RayCluster:
                     f"scale: {role}={size}; give {' or '.join(sorted(crews))} and a number from 1"
                 )
         counts = {role: crew.size for role, crew in crews.items()}
-        check_fits(_resources(self._config, self._gang is not None, counts | sizes))
+        check_fits(wants(self._config, self._gang is not None, counts | sizes))
         for role, size in sizes.items():
             crews[role].resize(size)
         done = ", ".join(f"{role} {counts[role]} -> {size}" for role, size in sizes.items())
@@ -211,53 +218,6 @@ class RayCluster:
         crew = Crew(role, start, size, self._limits, self._watch, self._say, closes)
         self._crews.append(crew)
         return crew
-
-    def _start_one(
-        self,
-        name: str,
-        build: Callable[[], Any],
-        pool: PoolConfig | LearnerConfig | None = None,
-        **options: Any,
-    ) -> Actor:
-        log = self._config.run.path.resolve() / "logs" / f"{name}.log"
-        if pool is not None:
-            options |= {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
-            options["threads"] = pool.threads
-        options.setdefault("num_cpus", 0.0)
-        return launch(name, log, build, run=self._name, local=self._owns_ray, **options)
-
-    def _start_rollout(self, name: str, incarnation: int) -> Remote:
-        pool = self._config.cluster.rollout
-        build = partial(
-            RolloutWorker,
-            Path(self._config.model.path).resolve(),
-            self._config.rollout.decoding,
-            self._weights,
-            pool.threads,
-            rollout_dtype(self._config.engine),
-        )
-        return Remote(self._start_one(name, build, pool, tensors=True, incarnation=incarnation))
-
-    def _start_reward(self, name: str, incarnation: int) -> Remote:
-        pool = self._config.cluster.reward
-        build = partial(RewardWorker, self._config.scoring)
-        return Remote(self._start_one(name, build, pool, secrets=False, incarnation=incarnation))
-
-    def _start_ranks(self, incarnation: int) -> list[Remote]:
-        pool = self._config.cluster.learner
-        build = partial(LearnerWorker, LearnerPlan.of(self._config), self._weights)
-        return [
-            Remote(
-                self._start_one(
-                    f"learner-{rank}",
-                    partial(build, rank, pool.ranks, pool.threads),
-                    pool,
-                    tensors=True,
-                    incarnation=incarnation,
-                )
-            )
-            for rank in range(pool.ranks)
-        ]
 
     def _meet(self, gang: Gang) -> None:
         master = gang.ask(0, "meeting_point") if len(gang.ranks) > 1 else None
@@ -324,8 +284,22 @@ class RayCluster:
         if self._updated:
             self._watch.progress()
             self._pace.step()
+            self._autoscale()
         self._updated = False
         return self._version
+
+    def _autoscale(self) -> None:
+        if self._autoscaler is None or self._gang is None:
+            return
+        now, busy = time.monotonic(), self._gang.busy_s
+        before, was_busy = self._measured
+        self._measured = (now, busy)
+        learner_idle = 1.0 - min(1.0, (busy - was_busy) / max(now - before, 1e-9))
+        size, rollout_idle = self._rollouts.size, self._rollouts.status.idle
+        decision = self._autoscaler.after_step(size, learner_idle, rollout_idle)
+        if decision is not None:
+            self._rollouts.resize(decision.after)
+            self._say(f"rollout workers {decision.before} -> {decision.after}: {decision.reason}")
 
     def save(self, folder: Path) -> None:
         """See `rl.protocol.Cluster`. With several nodes, to a file system that they share."""
@@ -372,25 +346,9 @@ class RayCluster:
             crew.close()
         if self._gang is not None:
             self._gang.kill()
+        if self._launcher is not None:
+            self._launcher.release()
         if self._shelf is not None:
             self._shelf.kill()
         if self._owns_ray:
             ray.shutdown()
-
-
-def _resources(
-    config: TrainConfig, with_learner: bool, counts: Mapping[str, int] | None = None
-) -> dict[str, dict[str, float]]:
-    """What each role asks for; `counts` of workers, if not as many as at the start."""
-    cluster = config.cluster
-    pools: dict[str, tuple[PoolConfig | LearnerConfig, int]] = {
-        "rollout": (cluster.rollout, cluster.rollout.min),
-        "reward": (cluster.reward, cluster.reward.min),
-    }
-    if with_learner:
-        pools["learner"] = (cluster.learner, cluster.learner.ranks)
-    wanted = {}
-    for role, (pool, count) in pools.items():
-        count = (counts or {}).get(role, count)
-        wanted[role] = {"CPU": pool.num_cpus * count, "GPU": pool.num_gpus * count}
-    return wanted

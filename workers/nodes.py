@@ -7,18 +7,28 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import InfrastructureError, UserError
-from workers.placement import NAMESPACE, ROOT, ray
+from workers.fitting import Node, Want, missing
+from workers.placement import (
+    NAMESPACE,
+    ROOT,
+    PlacementGroupSchedulingStrategy,
+    placement_group,
+    ray,
+    remove_placement_group,
+)
 
 NOT_SHIPPED = [".git", ".venv", "runs", "wandb", "build", "**/__pycache__", "**/.*_cache"]
 SHM = Path("/dev/shm")
 MIB = 2**20
 MIN_OBJECT_STORE = 200 * MIB
 CONNECT_TIMEOUT_S = 10.0
+# Logical ones: on one machine workers share the cores anyway, and an operator may add some.
+LOCAL_CPUS = 64
 
 
 def connect(address: str | None, logical_cpus: float, weight_bytes: int) -> bool:
@@ -60,7 +70,7 @@ def _start(logical_cpus: float, weight_bytes: int) -> None:
         ray.init(
             address="local",
             namespace=NAMESPACE,
-            num_cpus=max(len(os.sched_getaffinity(0)), int(logical_cpus) + 1),
+            num_cpus=max(len(os.sched_getaffinity(0)), int(logical_cpus) + 1, LOCAL_CPUS),
             include_dashboard=False,
             object_store_memory=object_store,
             log_to_driver=False,
@@ -136,20 +146,53 @@ def check_reachable(address: str, source: str) -> None:
         ) from error
 
 
-def check_fits(wanted: Mapping[str, Mapping[str, float]]) -> None:
-    """UserError if the cluster can never hold the pools: {role: {"CPU": n, "GPU": n}}."""
-    there = ray.cluster_resources()
-    for kind in ("CPU", "GPU"):
-        total = sum(pool.get(kind, 0.0) for pool in wanted.values())
-        if total > there.get(kind, 0.0):
-            parts = ", ".join(f"{role} {pool.get(kind, 0):g}" for role, pool in wanted.items())
-            nodes = ", ".join(
-                f"{node['NodeManagerAddress']} {node['Resources'].get(kind, 0):g}"
-                for node in ray.nodes()
-                if node["Alive"]
+def check_fits(wants: Sequence[Want]) -> None:
+    """UserError if the cluster can never hold these workers; says what is missing, per node."""
+    nodes = [
+        Node(node["NodeManagerAddress"], node["Resources"], node.get("Labels") or {})
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    text = missing(nodes, wants)
+    if text is not None:
+        raise UserError(text)
+
+
+class Reservation:
+    """Room for a gang, taken at once or not at all.
+
+    Args:
+        name: of the placement group, for Ray's dashboard.
+        want: one bundle for each worker.
+        strategy: pack (few nodes), spread, strict_spread (a node each).
+
+    Raises:
+        InfrastructureError: others use the room, and did so for `timeout_s`.
+    """
+
+    def __init__(self, name: str, want: Want, strategy: str, timeout_s: float) -> None:
+        # Ray wants something in every bundle.
+        bundle = {kind: amount for kind, amount in want.each.items() if amount} or {"CPU": 0.001}
+        self._group = placement_group(
+            [bundle] * want.count,
+            strategy=strategy.upper(),
+            name=name,
+            bundle_label_selector=[dict(want.labels)] * want.count if want.labels else None,
+        )
+        if not self._group.wait(timeout_s):
+            self.release()
+            free = ray.available_resources()
+            left = ", ".join(f"{kind} {free.get(kind, 0.0):g}" for kind in bundle)
+            raise InfrastructureError(
+                f"cluster.{want.role}: no room for {want.count} x {bundle} ({strategy}) within "
+                f"{timeout_s:g} s (cluster.timeout_s); free in the whole cluster: {left}"
             )
-            raise UserError(
-                f"cluster: asks for {total:g} {kind} ({parts}) but Ray has "
-                f"{there.get(kind, 0.0):g} ({nodes}); lower cluster.*.num_{kind.lower()}s or the "
-                "numbers of workers"
-            )
+
+    def place(self, number: int) -> Any:
+        """For `ray.options(scheduling_strategy=...)` of worker `number`."""
+        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)
+
+    def release(self) -> None:
+        """Give the room back; whoever is still there is killed. May be called twice."""
+        if ray.is_initialized():
+            remove_placement_group(self._group)

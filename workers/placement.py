@@ -25,6 +25,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray  # noqa: E402
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError  # noqa: E402
+from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402, F401
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402, F401
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of named actors: the control actor is found from other jobs by it.
@@ -178,6 +180,9 @@ def launch(
     num_gpus: float = 0.0,
     threads: int = 1,
     incarnation: int = 0,
+    resources: Mapping[str, float] | None = None,
+    labels: Mapping[str, str] | None = None,
+    place: Any = None,
     secrets: bool = True,
     tensors: bool = False,
     local: bool,
@@ -187,6 +192,8 @@ def launch(
     Args:
         run: prefix that makes the name unique in the cluster, for `find`.
         incarnation: how many of this name there were before; they share the log.
+        resources, labels: of the node, as Ray was told when the node was started.
+        place: a bundle of a `workers.nodes.Reservation`, which has its own labels.
         secrets: False keeps tokens and keys out of its environment.
         tensors: it sends or receives weights.
         local: this process started Ray, so the checkout is not shipped but found by its path.
@@ -203,6 +210,11 @@ def launch(
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if not secrets:
         environment |= {key: "" for key in os.environ if is_secret(key)}
+    where: dict[str, Any] = {}
+    if place is not None:
+        where["scheduling_strategy"] = place
+    elif labels:
+        where["label_selector"] = dict(labels)
     # Ray restarts nothing: whoever was declared dead must not come back and answer.
     handle = (
         ray.remote(concurrency_groups={HEALTH: 1})(Shell)
@@ -211,6 +223,8 @@ def launch(
             namespace=NAMESPACE,
             num_cpus=num_cpus,
             num_gpus=num_gpus,
+            resources=dict(resources or {}),
+            **where,
             runtime_env={"env_vars": environment},
         )
         .remote(str(log), secrets, build)

@@ -18,9 +18,10 @@ from ray import cloudpickle
 
 from common.errors import InfrastructureError, UserError
 from workers import nodes
+from workers.fitting import Want
 from workers.health import WorkerFailed
-from workers.nodes import check_fits, connect
-from workers.placement import Actor, Remote, find, is_secret, launch, wait
+from workers.nodes import Reservation, check_fits, connect
+from workers.placement import Actor, Remote, find, is_secret, launch, ray, wait
 
 
 class Parrot:
@@ -242,9 +243,25 @@ def test_finding_by_name(start: Callable[..., Actor], tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_impossible_placement(ray_started: None) -> None:
-    check_fits({"rollout": {"CPU": 0.5}, "learner": {"CPU": 0.5}})
-    expected = r"asks for 1e\+06 CPU \(rollout 1e\+06, learner 0\) but Ray has"
+    check_fits([Want("rollout", 1, {"CPU": 0.5}), Want("learner", 1, {"CPU": 0.5})])
+    expected = r"cluster\.rollout: asks for 1 x \(CPU 1e\+06\), at most 0 fit: .* has CPU"
     with pytest.raises(UserError, match=expected):
-        check_fits({"rollout": {"CPU": 1e6}, "learner": {"CPU": 0.0}})
-    with pytest.raises(UserError, match=r"asks for 99 GPU .*lower cluster\.\*\.num_gpus"):
-        check_fits({"learner": {"GPU": 99.0}})
+        check_fits([Want("rollout", 1, {"CPU": 1e6})])
+    with pytest.raises(UserError, match=r"labelled zone=moon, at most 0 fit: .*zone=-"):
+        check_fits([Want("rollout", 1, {"CPU": 0.1}, {"zone": "moon"})])
+
+
+@pytest.mark.ray
+def test_room_that_is_not_there_ends_the_wait_and_leaves_no_group(ray_started: None) -> None:
+    want = Want("learner", 2, {"CPU": 1.0, "telescope": 1.0})
+    with pytest.raises(InfrastructureError, match=r"no room for 2 x .*pack.* within 1 s"):
+        Reservation("no-room", want, "pack", 1.0)
+    deadline = time.monotonic() + 30
+    while _groups("no-room") != {"REMOVED"} and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert _groups("no-room") == {"REMOVED"}
+
+
+def _groups(name: str) -> set[str]:
+    table = ray.util.placement_group_table().values()
+    return {group["state"] for group in table if group["name"] == name}
