@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common.errors import InfrastructureError, UserError
+from common.errors import InfrastructureError, LearnerLost, UserError
 from common.futures import in_thread, result_of, then
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
@@ -25,7 +25,7 @@ from workers.autoscale import Autoscaler
 from workers.control import CONTROL, ControlDesk, Pace, Reporter
 from workers.crew import Crew
 from workers.gang import Gang
-from workers.health import CrashWatch, Limits
+from workers.health import CrashWatch, Limits, WorkerFailed
 from workers.launcher import Launcher, wants
 from workers.nodes import check_fits, connect
 from workers.operator import forget_place, write_place
@@ -33,6 +33,7 @@ from workers.placement import Actor, Pending, Remote, find, ray, wait
 from workers.pool import cut
 from workers.reward import join
 from workers.shelf import WeightShelf
+from workers.slot import describe_failure
 from workers.weights import (
     INITIAL_VERSION,
     KEEP_VERSIONS,
@@ -40,6 +41,7 @@ from workers.weights import (
 )
 
 WEIGHTS = "weights"
+FAILURES_FILE = "failures.log"
 
 
 class RayWeightStore:
@@ -106,19 +108,20 @@ class RayCluster:
         cluster = config.cluster
         self._timeout_s = cluster.timeout_s
         self._limits = Limits(cluster.heartbeat_s, cluster.dead_after_s, cluster.timeout_s)
-        self._watch = CrashWatch(cluster.max_failures, cluster.failure_window_s)
+        failures = config.run.path.resolve() / "logs" / FAILURES_FILE
+        self._watch = CrashWatch(cluster.max_failures, cluster.failure_window_s, failures)
         self._say = say
         self._version = INITIAL_VERSION
         self._updated = False
         self._name = f"unmask-{config.run.name}-{uuid.uuid4().hex[:8]}"
-        self._shelf: Actor | None = None
+        self._shelf: Remote | None = None
+        self._shelf_lost: Exception | None = None
         self._gang: Gang | None = None
         self._reporter: Reporter | None = None
         self._pace = Pace()
         self._step: int | None = None
         pool = cluster.rollout
         self._autoscaler = Autoscaler(pool.min, pool.max) if cluster.autoscale else None
-        self._measured = (time.monotonic(), 0.0)
         self._crews: list[Crew] = []
         self._owns_ray = False
         self._launcher: Launcher | None = None
@@ -138,8 +141,7 @@ class RayCluster:
         log = self._config.run.path.resolve() / "logs" / f"{WEIGHTS}.log"
         weights = RayWeightStore(self._name, log, self._timeout_s)
         start = self._launcher = Launcher(self._config, self._name, self._owns_ray, weights)
-        shelf = partial(WeightShelf, KEEP_VERSIONS, INITIAL_VERSION)
-        self._shelf = start.actor(WEIGHTS, shelf)
+        self._start_shelf(start)
         # All start at once: most of a start is importing torch.
         if with_learner:
             self._gang = Gang(start.ranks, self._meet, self._limits, self._watch)
@@ -155,10 +157,51 @@ class RayCluster:
             result_of(future, f"starting {crew.role} workers", 4 * self._timeout_s, limit)
         self._open_reporter(start)
 
+    def _start_shelf(self, start: Launcher) -> None:
+        build = partial(WeightShelf, KEEP_VERSIONS, INITIAL_VERSION)
+        self._shelf = Remote(start.actor(WEIGHTS, build, here=True))
+        self._shelf_beat: Future[Any] = self._shelf.beat()
+        self._shelf_lost = None
+
+    def _mend_shelf(self) -> None:
+        """Have a catalogue that lives, under the name by which workers find it."""
+        assert self._shelf is not None and self._launcher is not None
+        try:
+            self._shelf.beat().result(self._limits.dead_after_s)
+            if self._shelf_lost is None:
+                return
+        except (WorkerFailed, TimeoutError):
+            self._say(f"the catalogue of weights is made again; its log is {self._shelf.log}")
+        self._shelf.kill()
+        deadline = time.monotonic() + self._limits.dead_after_s
+        while True:
+            try:
+                return self._start_shelf(self._launcher)
+            except ValueError:  # Ray has not let go of the name yet
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def _watch_shelf(self) -> None:
+        """Without its catalogue no rollout worker finds weights: as if the learner were lost."""
+        if self._shelf is None or not self._shelf_beat.done() or self._shelf_lost is not None:
+            return
+        error = self._shelf_beat.exception()
+        if error is None:
+            self._shelf_beat = self._shelf.beat()
+            return
+        failure = describe_failure(WEIGHTS, None, self._shelf, error)
+        looping = self._watch.failed(failure, [WEIGHTS], time.monotonic())
+        lost = LearnerLost(str(error))
+        self._shelf_lost = lost if looping is None else self._watch.verdict(looping)
+        self._rollouts.hold(True)
+        for crew in self._crews:
+            crew.drop(self._shelf_lost)
+
     def _open_reporter(self, start: Launcher) -> None:
         limits = self._limits
         self._reporter = Reporter(
-            lambda number: Remote(start.actor(CONTROL, ControlDesk, incarnation=number)),
+            lambda number: Remote(start.actor(CONTROL, ControlDesk, incarnation=number, here=True)),
             self.status,
             self._scale,
             self._say,
@@ -170,6 +213,7 @@ class RayCluster:
 
     def status(self) -> dict[str, Any]:
         """The run as `unmask status` shows it."""
+        self._watch_shelf()
         crews = {crew.role: crew.status for crew in self._crews}
         actors = [actor for status in crews.values() for actor in status.actors]
         idle = {role: round(status.idle, 4) for role, status in crews.items()}
@@ -268,6 +312,8 @@ class RayCluster:
         rest = (seed, group_size, decoding, self._version)
         pieces = cut(problems, self._rollouts.size, self._config.cluster.rollout.piece)
         done = self._rollouts.submit([("generate", (piece, *rest)) for piece in pieces])
+        if self._shelf_lost is not None:  # it died since: nobody would ever do this work
+            self._rollouts.drop(self._shelf_lost)
         return then(done, lambda parts: [group for part in parts for group in part])
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
@@ -281,20 +327,16 @@ class RayCluster:
         """See `rl.protocol.Cluster`."""
         self._version = self._on_learners("publish", self._version + 1)[0]
         self._rollouts.hold(False)
-        if self._updated:
-            self._watch.progress()
-            self._pace.step()
-            self._autoscale()
-        self._updated = False
+        if self._updated and self._gang is not None:
+            self._finished_step(self._gang)
         return self._version
 
-    def _autoscale(self) -> None:
-        if self._autoscaler is None or self._gang is None:
+    def _finished_step(self, gang: Gang) -> None:
+        self._updated = False
+        self._watch.progress()
+        learner_idle = self._pace.step(gang.busy_s)
+        if self._autoscaler is None:
             return
-        now, busy = time.monotonic(), self._gang.busy_s
-        before, was_busy = self._measured
-        self._measured = (now, busy)
-        learner_idle = 1.0 - min(1.0, (busy - was_busy) / max(now - before, 1e-9))
         size, rollout_idle = self._rollouts.size, self._rollouts.status.idle
         decision = self._autoscaler.after_step(size, learner_idle, rollout_idle)
         if decision is not None:
@@ -311,10 +353,11 @@ class RayCluster:
 
     def recover(self, folder: Path | None) -> None:
         """See `rl.protocol.Cluster`."""
-        for crew in self._crews:
-            crew.drop()
         # The weights went with the process that had published them.
         self._rollouts.hold(True)
+        for crew in self._crews:
+            crew.drop(InfrastructureError("the work was dropped: its step is repeated"))
+        self._mend_shelf()
         self._updated = False
         if self._gang is not None:
             self._gang.rebuild()

@@ -135,11 +135,15 @@ class Pace:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._steps: deque[float] = deque([clock()], maxlen=11)
+        self._step = (clock(), 0.0)
         self._busy: deque[tuple[float, float]] = deque([(clock(), 0.0)], maxlen=SPAN)
 
-    def step(self) -> None:
-        """A step is finished."""
-        self._steps.append(self._clock())
+    def step(self, busy_s: float) -> float:
+        """A step is finished; the share of its time in which the learner was idle."""
+        now, (before, was_busy) = self._clock(), self._step
+        self._steps.append(now)
+        self._step = (now, busy_s)
+        return 1.0 - min(1.0, (busy_s - was_busy) / max(now - before, 1e-9))
 
     def eta_s(self, left: int) -> float | None:
         """Seconds until `left` more steps are done; None before the first."""

@@ -82,9 +82,8 @@ class Crew:
         """Add workers, or let the last ones finish what they have and go."""
         self._events.put(partial(self._resize, size))
 
-    def drop(self) -> None:
-        """Forget all work; the futures of its jobs fail."""
-        error = InfrastructureError(f"{self.role}: the work was dropped, its step is repeated")
+    def drop(self, error: Exception) -> None:
+        """Forget all work; the futures of its jobs fail with `error`."""
         self._events.put(partial(self._fail_jobs, error))
 
     def hold(self, held: bool) -> None:

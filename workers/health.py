@@ -7,7 +7,9 @@ learner. Times are seconds of one monotonic clock.
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
+from pathlib import Path
 
 from common.errors import InfrastructureError
 
@@ -102,6 +104,13 @@ class Failure:
     reason: str
     details: str
 
+    @property
+    def text(self) -> str:
+        """What is known, then who it was, then where to look."""
+        where = f"pid {self.pid or '?'}, node {self.node or '?'}"
+        head = f"{self.details.strip()}\n{self.actor} ({where}): {self.reason}"
+        return f"{head}\nlog file: {self.log}"
+
 
 class CrashWatch:
     """Counts failures of the same worker, or over the same piece of work, between finished steps.
@@ -111,11 +120,13 @@ class CrashWatch:
     Args:
         limit: so many failures are a loop.
         window_s: older ones are forgotten.
+        log: file that every failure is written to, with its traceback; None keeps none.
     """
 
-    def __init__(self, limit: int, window_s: float) -> None:
+    def __init__(self, limit: int, window_s: float, log: Path | None = None) -> None:
         self._limit = limit
         self._window_s = window_s
+        self._log = log
         self._lock = threading.Lock()
         self._failures: dict[str, list[tuple[float, Failure]]] = {}
         self.total = 0
@@ -125,6 +136,7 @@ class CrashWatch:
         looping = None
         with self._lock:
             self.total += 1
+            self._write(failure)
             for key in keys:
                 recent = self._failures.setdefault(key, [])
                 recent.append((now, failure))
@@ -132,6 +144,13 @@ class CrashWatch:
                 if len(recent) >= self._limit:
                     looping = key
         return looping
+
+    def _write(self, failure: Failure) -> None:
+        if self._log is None:
+            return
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("a") as file:
+            file.write(f"{datetime.now().isoformat(' ', 'seconds')} {failure.text}\n\n")
 
     def progress(self) -> None:
         """A step is finished: whatever failed before was survived."""
@@ -142,11 +161,8 @@ class CrashWatch:
         """What to stop the run with: its last lines are the root cause, the first failure."""
         with self._lock:
             found = [failure for _, failure in self._failures[key]]
-        first = found[0]
-        where = f"pid {first.pid or '?'}, node {first.node or '?'}"
         return InfrastructureError(
             f"{key} failed {len(found)} times without a finished step between (the last time: "
             f"{found[-1].reason}); the run stops here and resumes from its last checkpoint\n"
-            f"root cause, the first failure:\n{first.details.strip()}\n"
-            f"{first.actor} ({where}): {first.reason}\nlog file: {first.log}"
+            f"root cause, the first failure:\n{found[0].text}"
         )

@@ -26,7 +26,10 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray  # noqa: E402
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError  # noqa: E402
 from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402, F401
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402, F401
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,  # noqa: E402
+    PlacementGroupSchedulingStrategy,  # noqa: E402, F401
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of named actors: the control actor is found from other jobs by it.
@@ -35,6 +38,7 @@ HEALTH = "health"
 GRACE_S = 1.0
 LOG_LINES = 20
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_REASON = re.compile(r"(?:is dead|died) because (?P<why>[^.]*\.[^.]*)")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_KEY|ACCESS_KEY|^WANDB_|^AWS_")
 
 
@@ -183,6 +187,7 @@ def launch(
     resources: Mapping[str, float] | None = None,
     labels: Mapping[str, str] | None = None,
     place: Any = None,
+    here: bool = False,
     secrets: bool = True,
     tensors: bool = False,
     local: bool,
@@ -193,6 +198,7 @@ def launch(
         run: prefix that makes the name unique in the cluster, for `find`.
         incarnation: how many of this name there were before; they share the log.
         resources, labels: of the node, as Ray was told when the node was started.
+        here: on the caller's node, to live and die with it.
         place: a bundle of a `workers.nodes.Reservation`, which has its own labels.
         secrets: False keeps tokens and keys out of its environment.
         tensors: it sends or receives weights.
@@ -213,6 +219,9 @@ def launch(
     where: dict[str, Any] = {}
     if place is not None:
         where["scheduling_strategy"] = place
+    elif here:
+        node = ray.get_runtime_context().get_node_id()
+        where["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
     elif labels:
         where["label_selector"] = dict(labels)
     # Ray restarts nothing: whoever was declared dead must not come back and answer.
@@ -308,9 +317,19 @@ def _told(call: Pending, error: BaseException) -> Exception:
         if isinstance(cause, UserError):
             return cause
         return _failed(call, f"{type(cause).__name__}: {cause}", _COLOUR.sub("", str(error)))
-    reason = " ".join(str(error).split())[:300]
+    reason = _short(str(error))
     details = f"{_COLOUR.sub('', str(error))}\n{tail(call.actor.log)}"
     return _failed(call, reason, details, died=isinstance(error, RayActorError))
+
+
+def _short(text: str) -> str:
+    """Ray's reason for a death without the page around it."""
+    text = _COLOUR.sub("", text).strip()
+    if "creation task" in text:  # the last line of its traceback
+        return f"it could not be built: {text.splitlines()[-1].strip()}"[:300]
+    text = " ".join(text.split())
+    found = _REASON.search(text)
+    return (found["why"] if found else text)[:200]
 
 
 def _failed(call: Pending, reason: str, details: str = "", died: bool = False) -> WorkerFailed:

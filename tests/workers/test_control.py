@@ -113,7 +113,7 @@ def test_pace() -> None:
     assert pace.idle(0.0) == 1.0
     for step in range(1, 4):
         now[0] = 2.0 * step
-        pace.step()
+        assert pace.step(0.5 * step) == pytest.approx(0.75)
     assert pace.eta_s(10) == 20.0
     assert pace.idle(1.5) == pytest.approx(0.75)
 

@@ -331,7 +331,7 @@ def test_dropped_and_held_work(make: Make) -> None:
     stage = make(size=1)
     old = stage.crew.submit([("generate", ("old",))])
     stage.turns()
-    stage.crew.drop()
+    stage.crew.drop(InfrastructureError("dropped"))
     stage.crew.hold(True)
     new = stage.crew.submit([("generate", ("new",))])
     stage.turns()
@@ -391,6 +391,14 @@ def test_old_failures_are_forgotten() -> None:
     assert watch.failed(failure, ["a"], 10.5) is None
     assert watch.failed(failure, ["a"], 12.0) == "a"
     assert watch.total == 4
+
+
+def test_every_failure_is_written_down(tmp_path: Path) -> None:
+    watch = CrashWatch(2, 10.0, tmp_path / "logs" / "failures.log")
+    watch.failed(Failure("rollout-1", 1, "n", "a.log", "gone", "Traceback\nE: x"), ["a"], 0.0)
+    lines = (tmp_path / "logs" / "failures.log").read_text().splitlines()
+    assert lines[0].endswith(" Traceback")
+    assert lines[1:4] == ["E: x", "rollout-1 (pid 1, node n): gone", "log file: a.log"]
 
 
 # The gang
