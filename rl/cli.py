@@ -13,6 +13,8 @@ import typer
 
 from common.errors import UserError
 from common.exits import exit_codes
+from rl.cli_operate import app as operate_app
+from rl.cli_operate import example
 
 # Idle OpenMP threads sleep: spinning, they halt every other program on a busy machine. OpenMP reads
 # this when torch is loaded, so here is the place.
@@ -28,6 +30,7 @@ app = typer.Typer(
 )
 problems_app = typer.Typer(help="The embedded problem set.", no_args_is_help=True)
 reward_app = typer.Typer(help="Reward functions.", no_args_is_help=True)
+app.add_typer(operate_app)
 app.add_typer(problems_app, name="problems")
 app.add_typer(reward_app, name="reward")
 
@@ -38,11 +41,6 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="check and print the resolved config, start nothing")
 ]
 RL_CONFIG = Path("configs/rl/tiny_cpu.yaml")
-
-
-def example(*lines: str) -> str:
-    """The epilogue of a help page. Backslashes keep the lines apart."""
-    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{line}[/cyan]" for line in lines)
 
 
 @app.command(
@@ -244,62 +242,6 @@ def report(
         values = write_report(run)
         console.print(stage_table(values))
         console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-@app.command(epilog=example("unmask audit --run runs/demo", "unmask audit --run runs/mine --json"))
-def audit(
-    run: Annotated[Path, typer.Option(help="run folder, finished or not")] = Path("runs/demo"),
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead")] = False,
-) -> None:
-    """Prove that every sample was generated, scored and trained once, or dropped for a reason.
-
-    Exits 1 if something does not add up.
-    """
-    from rl.operate import audit_run
-
-    with exit_codes():
-        raise typer.Exit(audit_run(run, as_json))
-
-
-Run = Annotated[str, typer.Option(help="run folder; or, with an address, the run's name")]
-Address = Annotated[
-    str | None, typer.Option(help="of the run's Ray cluster, host:port (or set RAY_ADDRESS)")
-]
-
-
-@app.command(
-    epilog=example(
-        "unmask status --run runs/mine", "unmask status --run mine --address 10.0.0.1:6379 --json"
-    )
-)
-def status(
-    run: Run = "runs/demo",
-    address: Address = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead")] = False,
-) -> None:
-    """How far a run is and how each of its workers does, while it goes on."""
-    from rl.operate import show_status
-
-    with exit_codes():
-        show_status(run, address, as_json)
-
-
-@app.command(
-    epilog=example(
-        "unmask scale --run runs/mine rollout=6",
-        "unmask scale --run mine --address 10.0.0.1:6379 rollout=6 reward=2",
-    )
-)
-def scale(
-    sizes: Annotated[list[str], typer.Argument(metavar="role=n", help="rollout=6 reward=2")],
-    run: Run = "runs/demo",
-    address: Address = None,
-) -> None:
-    """Add or remove workers while a run goes on. Removed ones finish their work first."""
-    from rl.operate import scale_run
-
-    with exit_codes():
-        scale_run(sizes, run, address)
 
 
 @app.command(epilog=example("unmask doctor"))

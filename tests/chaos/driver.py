@@ -106,6 +106,7 @@ class Monkey:
         self._notes = notes
         self._random = random.Random(derive_seed(seed, "chaos"))
         self.done = len(notes.read_text().splitlines()) if notes.exists() else 0
+        self._killed: set[int] = set()
         self.cluster: Any = None
         self.kill_raylet: Callable[[], int] = lambda: 0
 
@@ -130,9 +131,10 @@ class Monkey:
             return
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            victims = self._victims(role)
+            victims = [pid for pid in self._victims(role) if pid not in self._killed]
             if victims:
                 victim = self._random.choice(victims)
+                self._killed.add(victim)
                 self._note(what, victim)
                 try:
                     os.kill(victim, number)
