@@ -116,6 +116,12 @@ class ClusterConfig(Section):
     dead_after_s: who is silent for so long is replaced; a dead process is noticed at once.
     max_failures, failure_window_s: so many failures of one worker, or over one piece of work,
         within so many seconds and without a finished step between stop the run.
+    weights: `object_store`: rollout workers pull new weights when they next work; `broadcast`: idle
+        ones also receive them while they are published (NCCL between GPUs, else gloo). A busy one
+        is waited for some seconds and then pulls: for max_staleness 0.
+    wire: `engine`: weights travel as the learner's forward pass has them, so that rollouts come
+        from the very policy that is trained; `bf16` halves the bytes of an fp32 engine, and
+        rollouts come from its rounding.
     """
 
     kind: Literal["local", "ray"] = "local"
@@ -129,6 +135,8 @@ class ClusterConfig(Section):
     dead_after_s: float = Field(default=30.0, gt=0)
     max_failures: int = Field(default=4, ge=1)
     failure_window_s: float = Field(default=900.0, gt=0)
+    weights: Literal["object_store", "broadcast"] = "object_store"
+    wire: Literal["engine", "bf16"] = "engine"
 
 
 class ScheduleConfig(Section):
@@ -239,6 +247,11 @@ def _impossible(config: TrainConfig) -> list[tuple[bool, str]]:
             cluster.autoscale and cluster.rollout.min == cluster.rollout.max,
             f"cluster.autoscale has nothing to choose: cluster.rollout.min and max are both "
             f"{cluster.rollout.max}",
+        ),
+        (
+            cluster.kind == "local" and cluster.weights == "broadcast",
+            "cluster.weights=broadcast sends between processes, but cluster.kind=local has one; "
+            "set cluster.kind=ray",
         ),
         *_impossible_pools(cluster),
     ]

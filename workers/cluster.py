@@ -5,84 +5,35 @@ with the same seeds. The ranks of the learner are a gang: one lost rank takes al
 the last checkpoint. Weights go through the object store, never through the driver.
 """
 
-import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from common.errors import InfrastructureError, LearnerLost, UserError
+from common.errors import InfrastructureError, UserError
 from common.futures import in_thread, result_of, then
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
 from rewards.compose import check_failures
 from rl.config import TrainConfig
 from workers.autoscale import Autoscaler
+from workers.catalogue import Catalogues
 from workers.control import CONTROL, ControlDesk, Pace, Reporter
 from workers.crew import Crew
 from workers.gang import Gang
-from workers.health import CrashWatch, Limits, WorkerFailed
+from workers.health import CrashWatch, Limits
 from workers.launcher import Launcher, wants
+from workers.learner import wire_dtype
 from workers.nodes import check_fits, connect
 from workers.operator import forget_place, write_place
-from workers.placement import Actor, Pending, Remote, find, ray, wait
+from workers.placement import Remote, ray
 from workers.pool import cut
 from workers.reward import join
-from workers.shelf import WeightShelf
-from workers.slot import describe_failure
-from workers.weights import (
-    INITIAL_VERSION,
-    KEEP_VERSIONS,
-    checksum,
-)
+from workers.weights import INITIAL_VERSION
+from workers.wire import version_bytes
 
-WEIGHTS = "weights"
 FAILURES_FILE = "failures.log"
-
-
-class RayWeightStore:
-    """A `WeightStore` whose tensors lie in Ray's object store: shared memory within a node."""
-
-    def __init__(self, run: str, log: Path, timeout_s: float) -> None:
-        self._run = run
-        self._log = log
-        self._timeout_s = timeout_s
-
-    @property
-    def _shelf(self) -> Actor:
-        return find(self._run, WEIGHTS, self._log)
-
-    def publish(self, version: int, buckets: Iterable[Mapping[str, Tensor]]) -> None:
-        """See `WeightStore`. The bytes belong to the publisher's process and go when it does."""
-        refs, total = [], 0
-        for bucket in buckets:
-            total = checksum(bucket, total)
-            refs.append(ray.put(dict(bucket)))
-        self._ask("publish", version, refs, total)
-
-    def newest(self) -> int:
-        """See `WeightStore`."""
-        version: int = self._ask("newest")
-        return version
-
-    def fetch(self, version: int | None = None) -> tuple[int, dict[str, Tensor]]:
-        """See `WeightStore`."""
-        found, refs, total = self._ask("fetch", version)
-        shelf = self._shelf
-        buckets = wait([Pending(shelf, "fetch", ref) for ref in refs], self._timeout_s)
-        check = 0
-        for bucket in buckets:
-            check = checksum(bucket, check)
-        if check != total:
-            raise InfrastructureError(f"weights: version {found} arrived damaged (checksum)")
-        return found, {name: value for bucket in buckets for name, value in bucket.items()}
-
-    def _ask(self, method: str, *args: Any) -> Any:
-        return wait([self._shelf.call(method, *args)], self._timeout_s)[0]
 
 
 class RayCluster:
@@ -114,8 +65,7 @@ class RayCluster:
         self._version = INITIAL_VERSION
         self._updated = False
         self._name = f"unmask-{config.run.name}-{uuid.uuid4().hex[:8]}"
-        self._shelf: Remote | None = None
-        self._shelf_lost: Exception | None = None
+        self._catalogues: Catalogues | None = None
         self._gang: Gang | None = None
         self._reporter: Reporter | None = None
         self._pace = Pace()
@@ -134,14 +84,15 @@ class RayCluster:
     def _launch(self, with_learner: bool) -> None:
         wanted = wants(self._config, with_learner)
         folder = Path(self._config.model.path).resolve()
-        weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        weight_bytes = version_bytes(folder, wire_dtype(self._config))
         cpus = sum(want.count * want.each["CPU"] for want in wanted)
         self._owns_ray = connect(self._config.cluster.address, cpus, weight_bytes)
         check_fits(wanted)
-        log = self._config.run.path.resolve() / "logs" / f"{WEIGHTS}.log"
-        weights = RayWeightStore(self._name, log, self._timeout_s)
-        start = self._launcher = Launcher(self._config, self._name, self._owns_ray, weights)
-        self._start_shelf(start)
+        start = self._launcher = Launcher(self._config, self._name, self._owns_ray)
+        patience = self._limits.dead_after_s
+        self._catalogues = Catalogues(
+            start.catalogue, start.catalogues, self._watch, patience, self._say
+        )
         # All start at once: most of a start is importing torch.
         if with_learner:
             self._gang = Gang(start.ranks, self._meet, self._limits, self._watch)
@@ -157,46 +108,14 @@ class RayCluster:
             result_of(future, f"starting {crew.role} workers", 4 * self._timeout_s, limit)
         self._open_reporter(start)
 
-    def _start_shelf(self, start: Launcher) -> None:
-        build = partial(WeightShelf, KEEP_VERSIONS, INITIAL_VERSION)
-        self._shelf = Remote(start.actor(WEIGHTS, build, here=True))
-        self._shelf_beat: Future[Any] = self._shelf.beat()
-        self._shelf_lost = None
-
-    def _mend_shelf(self) -> None:
-        """Have a catalogue that lives, under the name by which workers find it."""
-        assert self._shelf is not None and self._launcher is not None
-        try:
-            self._shelf.beat().result(self._limits.dead_after_s)
-            if self._shelf_lost is None:
-                return
-        except (WorkerFailed, TimeoutError):
-            self._say(f"the catalogue of weights is made again; its log is {self._shelf.log}")
-        self._shelf.kill()
-        deadline = time.monotonic() + self._limits.dead_after_s
-        while True:
-            try:
-                return self._start_shelf(self._launcher)
-            except ValueError:  # Ray has not let go of the name yet
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
-
-    def _watch_shelf(self) -> None:
-        """Without its catalogue no rollout worker finds weights: as if the learner were lost."""
-        if self._shelf is None or not self._shelf_beat.done() or self._shelf_lost is not None:
+    def _watch_catalogues(self) -> None:
+        """Without them no rollout worker finds weights: as if the learner were lost."""
+        lost = self._catalogues.look() if self._catalogues is not None else None
+        if lost is None:
             return
-        error = self._shelf_beat.exception()
-        if error is None:
-            self._shelf_beat = self._shelf.beat()
-            return
-        failure = describe_failure(WEIGHTS, None, self._shelf, error)
-        looping = self._watch.failed(failure, [WEIGHTS], time.monotonic())
-        lost = LearnerLost(str(error))
-        self._shelf_lost = lost if looping is None else self._watch.verdict(looping)
         self._rollouts.hold(True)
         for crew in self._crews:
-            crew.drop(self._shelf_lost)
+            crew.drop(lost)
 
     def _open_reporter(self, start: Launcher) -> None:
         limits = self._limits
@@ -213,7 +132,7 @@ class RayCluster:
 
     def status(self) -> dict[str, Any]:
         """The run as `unmask status` shows it."""
-        self._watch_shelf()
+        self._watch_catalogues()
         crews = {crew.role: crew.status for crew in self._crews}
         actors = [actor for status in crews.values() for actor in status.actors]
         idle = {role: round(status.idle, 4) for role, status in crews.items()}
@@ -312,8 +231,8 @@ class RayCluster:
         rest = (seed, group_size, decoding, self._version)
         pieces = cut(problems, self._rollouts.size, self._config.cluster.rollout.piece)
         done = self._rollouts.submit([("generate", (piece, *rest)) for piece in pieces])
-        if self._shelf_lost is not None:  # it died since: nobody would ever do this work
-            self._rollouts.drop(self._shelf_lost)
+        if self._catalogues is not None and self._catalogues.lost is not None:
+            self._rollouts.drop(self._catalogues.lost)  # nobody would ever do this work
         return then(done, lambda parts: [group for part in parts for group in part])
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
@@ -325,7 +244,11 @@ class RayCluster:
 
     def sync_weights(self) -> int:
         """See `rl.protocol.Cluster`."""
-        self._version = self._on_learners("publish", self._version + 1)[0]
+        version = self._version + 1
+        if self._config.cluster.weights == "broadcast":
+            # Nobody waits for them: one that is busy or dead pulls before it serves.
+            self._rollouts.tell("receive", version)
+        self._version = self._on_learners("publish", version)[0]
         self._rollouts.hold(False)
         if self._updated and self._gang is not None:
             self._finished_step(self._gang)
@@ -357,7 +280,8 @@ class RayCluster:
         self._rollouts.hold(True)
         for crew in self._crews:
             crew.drop(InfrastructureError("the work was dropped: its step is repeated"))
-        self._mend_shelf()
+        if self._catalogues is not None:
+            self._catalogues.mend()
         self._updated = False
         if self._gang is not None:
             self._gang.rebuild()
@@ -391,7 +315,7 @@ class RayCluster:
             self._gang.kill()
         if self._launcher is not None:
             self._launcher.release()
-        if self._shelf is not None:
-            self._shelf.kill()
+        if self._catalogues is not None:
+            self._catalogues.kill()
         if self._owns_ray:
             ray.shutdown()

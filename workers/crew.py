@@ -91,6 +91,10 @@ class Crew:
         self._held = held
         self._events.put(lambda: None)
 
+    def tell(self, method: str, *args: Any) -> None:
+        """Call a method of everybody who is HEALTHY, for what it does; no answer is waited for."""
+        self._events.put(partial(self._tell, method, args))
+
     @property
     def size(self) -> int:
         """Workers that are there to stay."""
@@ -224,6 +228,12 @@ class Crew:
         settled = all(s.facts for s in self._slots.values())
         if settled and not self._ready.done():
             self._ready.set_result(None)
+
+    def _tell(self, method: str, args: tuple[Any, ...]) -> None:
+        now = self._clock()
+        for slot in self._slots.values():
+            if slot.state(now) is State.HEALTHY:
+                slot.worker.call(method, *args)
 
     def _hand_out(self, now: float) -> None:
         if self._held:

@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import TrainConfig, WorkerConfig
+from workers.broadcast import BroadcastWeightStore, Patience
 from workers.fitting import Want
 from workers.learner import LearnerPlan, LearnerWorker
 from workers.nodes import Reservation
 from workers.placement import Actor, Remote, launch
+from workers.ray_weights import WEIGHTS, Line, RayWeightStore, node_address
 from workers.reward import RewardWorker
 from workers.rollout import RolloutWorker, rollout_dtype
-from workers.weights import WeightStore
+from workers.roster import Roster
+from workers.shelf import WeightShelf
+from workers.weights import INITIAL_VERSION, KEEP_VERSIONS, WeightStore
+
+ROSTER = "roster"
 
 
 class Launcher:
@@ -21,15 +27,36 @@ class Launcher:
     Args:
         name: first part of every actor's name.
         local: this process started Ray itself.
-        weights: the store that rollout workers and ranks are given.
     """
 
-    def __init__(self, config: TrainConfig, name: str, local: bool, weights: WeightStore) -> None:
+    def __init__(self, config: TrainConfig, name: str, local: bool) -> None:
         self._config = config
         self.name = name
         self._local = local
-        self._weights = weights
+        self._weights = self._store()
         self._room: Reservation | None = None
+
+    def _log(self, name: str) -> Path:
+        return self._config.run.path.resolve() / "logs" / f"{name}.log"
+
+    def _store(self) -> WeightStore:
+        """The way to weights that rollout workers and ranks are given."""
+        timeout_s = self._config.cluster.timeout_s
+        pull = RayWeightStore(self.name, self._log(WEIGHTS), timeout_s)
+        if ROSTER not in self.catalogues:
+            return pull
+        line = Line(self.name, ROSTER, self._log(ROSTER), timeout_s)
+        return BroadcastWeightStore(pull, line.ask, Patience(whole_s=timeout_s), node_address)
+
+    @property
+    def catalogues(self) -> list[str]:
+        """Names of the actors that the store needs."""
+        return [WEIGHTS, ROSTER] if self._config.cluster.weights == "broadcast" else [WEIGHTS]
+
+    def catalogue(self, name: str) -> Remote:
+        """One of them. ValueError: its name is still taken."""
+        shelf = partial(WeightShelf, KEEP_VERSIONS, INITIAL_VERSION)
+        return Remote(self.actor(name, Roster if name == ROSTER else shelf, here=True))
 
     def actor(
         self,
@@ -39,11 +66,10 @@ class Launcher:
         **options: Any,
     ) -> Actor:
         """Any actor, with a log of its name."""
-        log = self._config.run.path.resolve() / "logs" / f"{name}.log"
         if pool is not None:
             options |= pool.model_dump(include=set(WorkerConfig.model_fields))
         options.setdefault("num_cpus", 0.0)
-        return launch(name, log, build, run=self.name, local=self._local, **options)
+        return launch(name, self._log(name), build, run=self.name, local=self._local, **options)
 
     def rollout(self, name: str, incarnation: int) -> Remote:
         """A rollout worker; it pulls the newest weights while it is built."""
@@ -56,7 +82,7 @@ class Launcher:
             pool.threads,
             rollout_dtype(self._config.engine),
         )
-        return Remote(self.actor(name, build, pool, tensors=True, incarnation=incarnation))
+        return Remote(self.actor(name, build, pool, incarnation=incarnation))
 
     def reward(self, name: str, incarnation: int) -> Remote:
         """A reward worker, without tokens or keys in its environment."""
@@ -79,7 +105,6 @@ class Launcher:
                     f"learner-{rank}",
                     partial(build, rank, pool.ranks, pool.threads),
                     pool,
-                    tensors=True,
                     incarnation=incarnation,
                     place=self._room.place(rank),
                 )

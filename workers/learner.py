@@ -19,6 +19,7 @@ from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.engine import Engine, EngineConfig, OptimConfig, make_engine
 from rl.update import AlgorithmConfig, PolicyUpdater
 from workers.weights import WeightStore
+from workers.wire import cut
 
 if TYPE_CHECKING:
     from rl.config import TrainConfig
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerPlan:
-    """What every rank of the learner needs to know."""
+    """What every rank of the learner needs to know. `wire`: dtype of what is published."""
 
     checkpoint_folder: Path
     engine: EngineConfig
     optim: OptimConfig
     algorithm: AlgorithmConfig
     run_seed: int
+    wire: torch.dtype = torch.float32
 
     @staticmethod
     def of(config: "TrainConfig") -> "LearnerPlan":
@@ -43,7 +45,14 @@ class LearnerPlan:
             optim=config.schedule,
             algorithm=config.algorithm,
             run_seed=config.run.seed,
+            wire=wire_dtype(config),
         )
+
+
+def wire_dtype(config: "TrainConfig") -> torch.dtype:
+    """What weights travel in: the engine's own precision unless `cluster.wire` says bf16."""
+    narrow = config.cluster.wire == "bf16" or config.engine.precision == "bf16"
+    return torch.bfloat16 if narrow else torch.float32
 
 
 class LearnerWorker:
@@ -107,7 +116,7 @@ class LearnerWorker:
         """Put the current policy into the store as `version`."""
         buckets = self._engine.state_buckets()
         if self._rank == 0:
-            self._weights.publish(version, buckets)
+            self._weights.publish(version, cut(buckets, self._plan.wire))
         for _ in buckets:  # the other ranks only take part in the gathering
             pass
         return version

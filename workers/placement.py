@@ -55,8 +55,7 @@ class Shell:
     def __init__(self, log: str, secrets: bool, build: Callable[[], Any]) -> None:
         _redirect_output(Path(log))
         # Weights are read where they lie, by readers that only copy from them.
-        for message in ("Zero-copy tensor", "The given NumPy array is not writable"):
-            warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         if not secrets:
             for name in filter(is_secret, list(os.environ)):
                 del os.environ[name]
@@ -189,7 +188,6 @@ def launch(
     place: Any = None,
     here: bool = False,
     secrets: bool = True,
-    tensors: bool = False,
     local: bool,
 ) -> Actor:
     """Start an actor around `build()` and return at once.
@@ -201,14 +199,10 @@ def launch(
         here: on the caller's node, to live and die with it.
         place: a bundle of a `workers.nodes.Reservation`, which has its own labels.
         secrets: False keeps tokens and keys out of its environment.
-        tensors: it sends or receives weights.
         local: this process started Ray, so the checkout is not shipped but found by its path.
     """
     # A log file wants no progress bars.
     environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-    if tensors:
-        # Costs Ray's start the import of torch, so those without a model go without.
-        environment["RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"] = "1"
     if local:
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

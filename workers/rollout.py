@@ -4,6 +4,7 @@ A plain class; `workers.cluster` wraps it in an actor. It pulls the newest weigh
 and before it serves, so one that joins late or restarts cannot answer with an old policy.
 """
 
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,12 @@ from models.checkpoint import load_checkpoint
 from models.decoding import Decoder, DecodingConfig, Request
 from models.engine import EngineConfig
 from models.tokenizer import encode_prompt
-from workers.weights import INITIAL_VERSION, WeightStore, load_into
+from workers.weights import INITIAL_VERSION, WeightStore
+from workers.wire import load_into
+
+# Of weights that were half written when a fetch broke off: older than any, so never served.
+TORN = -1
+log = logging.getLogger(__name__)
 
 
 def rollout_dtype(config: EngineConfig) -> torch.dtype:
@@ -53,7 +59,13 @@ class RolloutWorker:
         self._weights = weights
         self._version = INITIAL_VERSION
         self._turn = threading.Lock()
-        self._pull()
+        weights.enrol()
+        try:
+            self._pull()
+        except InfrastructureError as error:
+            # Their publisher has just died and its successor will publish again. `generate` pulls
+            # once more, and refuses while it cannot; an actor that died here would stay dead.
+            log.warning("starting without the newest weights: %s", error)
 
     @property
     def policy_version(self) -> int:
@@ -74,7 +86,7 @@ class RolloutWorker:
         batch, or on which worker, does not matter.
 
         Raises:
-            InfrastructureError: the store has no version as new as `at_least`.
+            InfrastructureError: the store has no version as new as `at_least`, or fetching failed.
         """
         prompts = [encode_prompt(self._decoder.tokenizer, problem.prompt) for problem in problems]
         seeds = [
@@ -102,9 +114,19 @@ class RolloutWorker:
             groups.append(Group(problem, tuple(rollouts)))
         return groups
 
+    def receive(self, version: int) -> None:
+        """Fetch `version`, which is just being published. `generate` makes up for a failure."""
+        with self._turn:
+            if version > self._version:
+                self._load(version)
+
     def _pull(self) -> None:
-        newest = self._weights.newest()
-        if newest > self._version:
-            self._version, state = self._weights.fetch(newest)
-            with self._decoder.updating():
-                load_into(self._decoder.denoiser.model, state)
+        if self._weights.newest() > self._version:
+            self._load(None)
+
+    def _load(self, version: int | None) -> None:
+        found, buckets = self._weights.fetch(version)
+        with self._decoder.updating():
+            self._version = TORN
+            load_into(self._decoder.denoiser.model, buckets)
+            self._version = found

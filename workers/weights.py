@@ -1,19 +1,16 @@
-"""Versioned weights that workers pull. Not who trains them, not how they cross machines.
+"""Versioned weights that workers pull: the interface of every store, and the store of one process.
 
-A version is published once, whole, and never changes; the last few are kept so that a reader that
-has just been told of one can still fetch it. `workers.cluster` has the same store over Ray.
+A version is published once, bucket by bucket, and never changes; it is visible only when it is
+whole. The last few are kept so that a reader that has just been told of one can still fetch it.
+`workers.ray_weights` keeps them in Ray's object store, `workers.broadcast` sends them as well.
 """
 
 import threading
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-import torch
-from torch import Tensor, nn
-
-from common.errors import InfrastructureError
 from workers.shelf import WeightShelf
+from workers.wire import Bucket, verified
 
 KEEP_VERSIONS = 2
 # The weights of the checkpoint folder that every worker starts from: never published.
@@ -23,20 +20,32 @@ INITIAL_VERSION = 0
 class WeightStore(Protocol):
     """Where the learner puts weights and rollout workers find them."""
 
-    def publish(self, version: int, buckets: Iterable[Mapping[str, Tensor]]) -> None:
-        """Store a version from CPU tensors under HF names. Visible only once it is complete."""
+    def publish(self, version: int, buckets: Iterable[Bucket]) -> None:
+        """Store a version. Holds one bucket at a time; an iterator that raises publishes nothing.
+
+        Raises:
+            InfrastructureError: the store did not answer in time; names the version.
+        """
         ...
 
     def newest(self) -> int:
         """The last version published; `INITIAL_VERSION` before the first."""
         ...
 
-    def fetch(self, version: int | None = None) -> tuple[int, dict[str, Tensor]]:
-        """A version (None: the newest) and its tensors, which the caller must not write to.
+    def fetch(self, version: int | None = None) -> tuple[int, Iterator[Bucket]]:
+        """A version (None: the newest whole one) and its buckets, each checked as it is taken.
+
+        A bucket is good until the next one is taken, and must not be written to. What has been
+        fetched stays readable to its end, even if the store lets go of the version meanwhile.
 
         Raises:
-            InfrastructureError: no such version any more, or its bytes are damaged.
+            InfrastructureError: no such version any more, damaged bytes, or no answer in time;
+                names the version. Also while the buckets are read.
         """
+        ...
+
+    def enrol(self) -> None:
+        """Say that this process will fetch every version from now on; pull stores do not care."""
         ...
 
 
@@ -47,46 +56,28 @@ class LocalWeightStore:
         self._shelf = WeightShelf(keep, INITIAL_VERSION)
         self._lock = threading.Lock()
 
-    def publish(self, version: int, buckets: Iterable[Mapping[str, Tensor]]) -> None:
+    def publish(self, version: int, buckets: Iterable[Bucket]) -> None:
         """See `WeightStore`."""
-        copies = list(buckets)
+        there = list(buckets)
+        digests = [bucket.digest() for bucket in there]
         with self._lock:
-            self._shelf.publish(version, copies, 0)
+            self._shelf.publish(version, there, digests)
 
     def newest(self) -> int:
         """See `WeightStore`."""
         with self._lock:
             return self._shelf.newest()
 
-    def fetch(self, version: int | None = None) -> tuple[int, dict[str, Tensor]]:
+    def fetch(self, version: int | None = None) -> tuple[int, Iterator[Bucket]]:
         """See `WeightStore`."""
         with self._lock:
-            found, buckets, _ = self._shelf.fetch(version)
-        return found, {name: value for bucket in buckets for name, value in bucket.items()}
+            found, buckets, digests = self._shelf.fetch(version)
+        return found, verified(found, buckets, digests)
 
+    def digests(self, version: int) -> list[int]:
+        """The checksums of a version's buckets. InfrastructureError: no such version any more."""
+        with self._lock:
+            return self._shelf.digests(version)
 
-def checksum(state: Mapping[str, Tensor], start: int = 0) -> int:
-    """CRC-32 over names and bytes, continued from `start`: one number for all buckets."""
-    total = start
-    for name, value in state.items():
-        total = zlib.crc32(name.encode(), total)
-        flat = value.detach().contiguous().view(-1).view(torch.uint8)
-        total = zlib.crc32(flat.numpy().data, total)
-    return total
-
-
-@torch.no_grad()
-def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy `state` (HF names, tied weights once) into `model`, whatever its device and dtype.
-
-    Raises:
-        InfrastructureError: names or shapes differ: the learner trains another architecture.
-    """
-    parameters = dict(model.named_parameters())
-    if parameters.keys() != state.keys():
-        odd = sorted(parameters.keys() ^ state.keys())
-        raise InfrastructureError(f"weights: {len(odd)} names differ, the first is {odd[0]}")
-    for name, parameter in parameters.items():
-        if parameter.shape != state[name].shape:
-            raise InfrastructureError(f"weights: {name} has another shape in the store")
-        parameter.copy_(state[name])
+    def enrol(self) -> None:
+        """See `WeightStore`."""

@@ -147,7 +147,7 @@ class Monkey:
         if role == "driver":
             return [os.getpid()]
         if role == "weights":
-            return [self.cluster._shelf.beat().result(60).pid]
+            return [self.cluster._catalogues.workers["weights"].beat().result(60).pid]
         if role == "control":
             return [self.cluster._reporter._desk.beat().result(60).pid]
         pids = self.cluster.pids

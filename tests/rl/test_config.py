@@ -74,6 +74,10 @@ def test_the_run_folder() -> None:
             "cluster={kind: local, learner: {ranks: 1}, address: 'h:1'}",
             "cluster.address=h:1",
         ),
+        (
+            "cluster={kind: local, learner: {ranks: 1}, weights: broadcast}",
+            "cluster.weights=broadcast",
+        ),
         ("cluster.rollout={min: 3, max: 2}", "cluster.rollout.min=3"),
         ("rollout.group_sise=4", "rollout.group_sise: unknown key"),
         ("rollout.group_size=four", "rollout.group_size"),

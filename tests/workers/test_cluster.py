@@ -19,7 +19,7 @@ from common.errors import InfrastructureError, LearnerLost, UserError
 from common.records import Completion, Group, Problem, Rollout, Scored
 from models.decoding import DecodingConfig
 from rl.config import TrainConfig
-from workers.cluster import RayCluster, RayWeightStore
+from workers.cluster import RayCluster
 from workers.local import LocalCluster
 from workers.reward import join
 
@@ -139,6 +139,31 @@ def test_ray_equals_local(
     assert_equal_runs(a_run(cluster, problems, tmp_path / "ray"), expected)
     logs = sorted(path.name for path in (tmp_path / "logs").iterdir())
     assert logs == ["learner-0.log", "reward-0.log", "rollout-0.log", "weights.log"]
+
+
+@pytest.mark.ray
+def test_broadcast_equals_pulling_and_survives_a_death(
+    expected: dict[str, Any],
+    ray_config: MakeConfig,
+    open_cluster: Callable[..., RayCluster],
+    problems: list[Problem],
+    tmp_path: Path,
+) -> None:
+    config = ray_config(rollouts=2)
+    chosen = config.cluster.model_copy(update={"weights": "broadcast"})
+    cluster = open_cluster(config.model_copy(update={"cluster": chosen}))
+    assert_equal_runs(a_run(cluster, problems, tmp_path / "ray"), expected)
+    roster = cluster._weights._ask
+    first = roster("plan", 3)
+    assert len(first.members) == 2 and first == roster("plan", 2)  # one group for all versions
+    os.kill(cluster.pids["rollout-0"], signal.SIGKILL)
+    assert cluster.sync_weights() == 4
+    groups = cluster.generate(problems, seed=1).result(250)
+    assert {r.policy_version for group in groups for r in group.rollouts} == {4}
+    # The one that came back is a member like any other.
+    assert cluster.sync_weights() == 5
+    assert len(roster("plan", 5).members) == 2
+    assert roster("plan", 5).generation > first.generation
 
 
 CODES = ["def f(x):\n    return x + 1", "def f(x):\n    return 2", "def f(x:", "while True: pass"]
@@ -321,31 +346,6 @@ def test_a_worker_that_always_dies_ends_the_run_with_its_own_words(
     assert "about to die of a bug" in lines
     assert lines[-2].startswith("reward-0 (pid ")
     assert lines[-1] == f"log file: {tmp_path / 'logs' / 'reward-0.log'}"
-
-
-@pytest.mark.ray
-def test_weights_over_ray(ray_started: None, tmp_path: Path) -> None:
-    from functools import partial
-
-    from workers.placement import launch, ray, wait
-    from workers.shelf import WeightShelf
-
-    log = tmp_path / "weights.log"
-    build = partial(WeightShelf, 2, 0)
-    shelf = launch("weights", log, build, run=tmp_path.name, num_cpus=0, local=False)
-    store = RayWeightStore(tmp_path.name, log, timeout_s=60)
-    assert store.newest() == 0
-    for version in (1, 2, 3):
-        store.publish(version, [{"a": torch.full((4,), version)}, {"b": torch.ones(2, 2)}, {}])
-    assert store.newest() == 3
-    version, state = store.fetch(2)
-    assert (version, list(state), state["a"].tolist()) == (2, ["a", "b"], [2, 2, 2, 2])
-    with pytest.raises(InfrastructureError, match=r"no version 1; the store holds \[2, 3\]"):
-        store.fetch(1)
-    wait([shelf.call("publish", 4, [ray.put({"a": torch.zeros(4)})], 12345)], 60)
-    with pytest.raises(InfrastructureError, match="version 4 arrived damaged"):
-        store.fetch()
-    ray.kill(shelf.handle)
 
 
 @pytest.mark.ray

@@ -1,7 +1,8 @@
 """One learner rank without Ray: update, publish, save, load, export."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
 from common.records import Group
+from models import deepspeed_engine
 from models.checkpoint import load_checkpoint
 from rl.config import TrainConfig
-from workers.learner import LearnerPlan, LearnerWorker
+from workers.learner import LearnerPlan, LearnerWorker, wire_dtype
 from workers.weights import LocalWeightStore
 
 MakeConfig = Callable[..., TrainConfig]
@@ -25,7 +27,8 @@ def learner(config: TrainConfig) -> tuple[LearnerWorker, LocalWeightStore]:
 
 
 def weights(store: LocalWeightStore) -> dict[str, torch.Tensor]:
-    return store.fetch()[1]
+    pieces = (piece for bucket in store.fetch()[1] for piece in bucket.pieces)
+    return {piece.name: piece.values.view(piece.shape) for piece in pieces}
 
 
 def test_update_moves_what_is_published(
@@ -72,6 +75,41 @@ def test_save_and_load_continue_exactly(
         assert torch.equal(value, weights(resumed_store)[name]), name
 
 
+def test_zero_3_is_gathered_bucket_by_bucket(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, store = learner(make_config(engine={"zero_stage": 3}))
+    engine = worker._engine
+    parameters = list(engine._engine.module.parameters())  # type: ignore[attr-defined]
+    largest = max(4 * value.ds_numel for value in parameters)
+    whole = sum(4 * value.ds_numel for value in parameters)
+
+    def gathered() -> int:
+        """Bytes of parameters that are whole on this rank, beside its shards."""
+        return sum(4 * value.numel() for value in parameters)
+
+    seen: list[int] = []
+    export = deepspeed_engine.export_tensor
+
+    def watching(value: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(gathered())
+        return export(value, *rest)
+
+    def small(max_bytes: int = largest) -> Iterator[dict[str, torch.Tensor]]:
+        for bucket in buckets(largest):
+            assert gathered() == 0  # while a bucket is on its way nothing is gathered
+            assert sum(4 * value.numel() for value in bucket.values()) <= largest
+            yield bucket
+
+    monkeypatch.setattr(deepspeed_engine, "export_tensor", watching)
+    buckets = engine.state_buckets
+    monkeypatch.setattr(engine, "state_buckets", small)
+    worker.publish(1)
+    assert len(seen) == len(parameters)
+    assert 0 < max(seen) <= largest < whole / 2
+    assert sum(value.numel() * 4 for value in weights(store).values()) == whole
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_export_loads_in_stock_transformers(
     make_config: MakeConfig, scored_groups: list[Group], tmp_path: Path, stage: int
@@ -84,6 +122,31 @@ def test_export_loads_in_stock_transformers(
     for name, value in weights(store).items():
         assert torch.equal(dict(model.named_parameters())[name], value), name
     assert load_checkpoint(tmp_path / "hf").spec.block_size == 4
+
+
+def test_bf16_on_the_wire_is_the_cast_of_what_fp32_sends(make_config: MakeConfig) -> None:
+    whole, whole_store = learner(make_config())
+    narrow, narrow_store = learner(make_config(cluster={"wire": "bf16"}))
+    whole.publish(1), narrow.publish(1)
+    assert any(not torch.equal(v, v.bfloat16().float()) for v in weights(whole_store).values())
+    for name, value in weights(narrow_store).items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, weights(whole_store)[name].bfloat16()), name
+
+
+@pytest.mark.parametrize(
+    ("precision", "wire", "expected"),
+    [
+        ("fp32", "engine", torch.float32),
+        ("bf16", "engine", torch.bfloat16),
+        ("fp32", "bf16", torch.bfloat16),
+    ],
+)
+def test_weights_travel_as_the_engine_computes(
+    make_config: MakeConfig, precision: str, wire: str, expected: torch.dtype
+) -> None:
+    config = make_config(engine={"precision": precision}, cluster={"wire": wire})
+    assert wire_dtype(config) == expected
 
 
 def test_two_ranks_need_a_meeting_point(make_config: MakeConfig) -> None:

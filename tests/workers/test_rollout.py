@@ -12,6 +12,7 @@ from models.checkpoint import load_checkpoint
 from models.decoding import DecodingConfig
 from workers.rollout import RolloutWorker
 from workers.weights import LocalWeightStore
+from workers.wire import Bucket, cut
 
 DECODING = DecodingConfig(gen_length=16)
 
@@ -26,14 +27,15 @@ def worker(checkpoint_folder: Path, store: LocalWeightStore) -> RolloutWorker:
     return RolloutWorker(checkpoint_folder, DECODING, store)
 
 
-def other_weights(checkpoint_folder: Path) -> list[dict[str, torch.Tensor]]:
+def other_weights(checkpoint_folder: Path) -> list[Bucket]:
     model = load_checkpoint(checkpoint_folder).denoiser.model
     generator = torch.Generator().manual_seed(9)
-    return [
+    changed = (
         {name: value + 0.3 * torch.randn(value.shape, generator=generator)}
         for name, value in model.state_dict().items()
         if name != "lm_head.weight"  # tied
-    ]
+    )
+    return list(cut(changed))
 
 
 def test_groups_stay_together_and_in_order(worker: RolloutWorker, problems: list[Problem]) -> None:
@@ -70,6 +72,48 @@ def test_pulls_before_it_serves_and_stamps(
     # One that joins late has them from the start.
     late = RolloutWorker(checkpoint_folder, DECODING, store)
     assert _tokens(late.generate(problems, seed=5, group_size=2)) == _tokens(after)
+
+
+def test_half_written_weights_are_never_served(
+    worker: RolloutWorker,
+    store: LocalWeightStore,
+    checkpoint_folder: Path,
+    problems: list[Problem],
+) -> None:
+    buckets = other_weights(checkpoint_folder)
+    last = buckets[-1].pieces[-1].raw
+    store.publish(4, buckets)
+    last[0] ^= 1
+    for _ in range(2):
+        with pytest.raises(InfrastructureError, match=r"bucket \d+ of version 4 .*damaged"):
+            worker.generate(problems, seed=5, group_size=1)
+    last[0] ^= 1
+    groups = worker.generate(problems, seed=5, group_size=1)
+    assert {rollout.policy_version for group in groups for rollout in group.rollouts} == {4}
+
+
+def test_starts_while_the_newest_weights_are_lost(
+    checkpoint_folder: Path, store: LocalWeightStore, problems: list[Problem]
+) -> None:
+    buckets = other_weights(checkpoint_folder)
+    store.publish(4, buckets)
+    buckets[0].pieces[0].raw[0] ^= 1
+    worker = RolloutWorker(checkpoint_folder, DECODING, store)
+    with pytest.raises(InfrastructureError, match="version 4"):
+        worker.generate(problems, seed=5, group_size=1)
+    store.publish(5, buckets)
+    [group] = worker.generate(problems[:1], seed=5, group_size=1)
+    assert group.rollouts[0].policy_version == 5
+
+
+def test_receives_a_version_once(
+    worker: RolloutWorker, store: LocalWeightStore, checkpoint_folder: Path
+) -> None:
+    store.publish(4, other_weights(checkpoint_folder))
+    worker.receive(4)
+    worker.receive(4)
+    with pytest.raises(InfrastructureError, match=r"no version 5; the store holds \[4\]"):
+        worker.receive(5)
 
 
 def test_never_serves_older_weights_than_promised(
