@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from common.errors import UserError
+from common.secret_names import is_secret
 
 T = TypeVar("T")
 
@@ -23,6 +25,19 @@ class Section(BaseModel):
     """Base of configuration sections: frozen, no unknown keys, no silent conversions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _variable(name: str, *default: str | None) -> str | None:
+    """`${oc.env:NAME}`, but no secrets: the resolved settings are written down and logged."""
+    value: str | None = oc.env(name, *default)
+    if is_secret(name, value or ""):
+        raise ValueError(
+            f"${{oc.env:{name}}} would write a secret into config.yaml; leave it in the environment"
+        )
+    return value
+
+
+OmegaConf.register_resolver("oc.env", _variable, replace=True)
 
 
 def load_config(schema: type[T], path: Path, overrides: Sequence[str] = ()) -> T:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, TextIO
 
 from common.config import Section
 from common.errors import UserError
+from common.files import private_folder
 
 METRICS_FILE = "metrics.jsonl"
 HEADLINES = (
@@ -62,7 +63,7 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent)
         end_last_line(path)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
@@ -199,7 +200,7 @@ def open_metrics(
     sinks: list[Sink] = []  # optional ones first: nothing is written if one is missing
     try:
         if config.wandb != "disabled":
-            folder.mkdir(parents=True, exist_ok=True)
+            private_folder(folder)
             sinks.append(WandbSink(folder, config.wandb_project, config.wandb, run_config))
         if config.tensorboard:
             sinks.append(TensorboardSink(folder))

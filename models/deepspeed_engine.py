@@ -23,12 +23,15 @@ from torch import Tensor, nn
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters  # noqa: E402
 
 from common.errors import UserError  # noqa: E402
 from diffusion.layout import TokenRows  # noqa: E402
+from models.data_only import data_only  # noqa: E402
 from models.engine import (  # noqa: E402
     BUCKET_BYTES,
+    META_FILE,
     EngineConfig,
     OptimConfig,
     StepInfo,
@@ -39,11 +42,11 @@ from models.engine import (  # noqa: E402
     read_meta,
     set_learning_rate,
     split_buckets,
-    write_meta,
 )
+from models.reshard import TAG, is_replicated, resharded  # noqa: E402
+from models.state_files import StateFiles  # noqa: E402
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
-TAG = "engine"
 
 
 class DeepSpeedEngine:
@@ -75,6 +78,8 @@ class DeepSpeedEngine:
         )
         for name, value in self._engine.module.named_buffers():
             value.data = buffers[name].to(self.device)
+        # It would put its recovery scripts into every checkpoint; `unmask export` does their work.
+        self._engine._copy_recovery_script = _nothing
 
     def score(self, rows: TokenRows) -> Tensor:
         """See `models.engine.Engine`."""
@@ -127,34 +132,93 @@ class DeepSpeedEngine:
                     exported = {export_name(name): export_tensor(value) for name, value in bucket}
             yield exported
 
-    def save(self, folder: Path) -> None:
-        """See `models.engine.Engine`. Every rank writes its own shard."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    def snapshot(self, folder: Path, files: StateFiles) -> None:
+        """See `models.engine.Engine`. Every rank copies its own shard."""
+        writer = self._engine.checkpoint_engine
+        self._engine.checkpoint_engine = _Collector(files)
+        try:
+            self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        finally:
+            self._engine.checkpoint_engine = writer
         if self.rank == 0:
-            write_meta(folder, self._identity(), self._schedule_step)
-        if self.world_size > 1:
-            dist.barrier()
+            files.add_json(folder / META_FILE, self._meta)
 
     def load(self, folder: Path) -> None:
-        """See `models.engine.Engine`. Call it on a fresh engine (a limit of ZeRO-3)."""
-        schedule_step = read_meta(folder, self._identity())
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        """See `models.engine.Engine`. A shard of its own per rank, or one conversion for all."""
+        meta = read_meta(folder, self._meta)
+        if meta["ranks"] == self.world_size or is_replicated(folder / TAG):
+            with data_only():
+                loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        else:
+            loaded = self._load_resharded(folder, meta["schedule_step"])
         if loaded is None:
             raise UserError(f"{folder / TAG}: incomplete; resume from an earlier checkpoint")
-        self._schedule_step = schedule_step
+        self._schedule_step = meta["schedule_step"]
+
+    def _load_resharded(self, folder: Path, steps: int) -> str | None:
+        """Shards of another number of ranks: rank 0 makes them whole, every rank takes its part."""
+        optimizer = self._engine.optimizer
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        with resharded(folder / TAG, self.rank) as whole:
+            # Private (pinned by a test): the public switch is read once, when the engine is built.
+            self._engine._config.load_universal_checkpoint = True
+            try:
+                with data_only():
+                    loaded, _ = self._engine.load_checkpoint(str(whole.parent), tag=whole.name)
+            finally:
+                self._engine._config.load_universal_checkpoint = False
+        # At ZeRO-3 DeepSpeed gives all groups one step count, which each of them then advances, and
+        # the first group's weight decay. Every applied step is one of the schedule.
+        for state in optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.full_like(torch.as_tensor(state["step"]), steps)
+        for group, ours in zip(optimizer.param_groups, settings, strict=True):
+            group.update(ours)
+        return loaded
 
     def close(self) -> None:
         """See `models.engine.Engine`. A lone rank keeps its group: the next engine reuses it."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
-    def _identity(self) -> dict[str, Any]:
+    @property
+    def _meta(self) -> dict[str, Any]:
         return {
             "kind": "deepspeed",
             "zero_stage": self._stage,
             "precision": self._precision,
             "ranks": self.world_size,
+            "schedule_step": self._schedule_step,
         }
+
+
+class _Collector(CheckpointEngine):
+    """Takes the place of DeepSpeed's file writer and keeps what it is given."""
+
+    def __init__(self, files: StateFiles) -> None:
+        super().__init__()
+        self._files = files
+
+    def create(self, info: Any) -> None:
+        """Nothing to prepare."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Not yet: no file system may fail one rank while the others wait for it."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Copy one file's content."""
+        self._files.add(Path(path), state_dict)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        raise NotImplementedError("it only collects")
+
+    def commit(self, info: Any) -> bool:
+        """Nothing to publish."""
+        return True
+
+
+def _nothing(save_path: str) -> None:
+    """Instead of something that DeepSpeed does."""
 
 
 def _join_ranks(rank: int, world_size: int) -> torch.device:

@@ -23,9 +23,12 @@ from torch import Tensor, nn
 from common.errors import UserError
 from diffusion.layout import TokenRows
 from models.attention import AttentionChoice
+from models.state_files import StateFiles
 
 BUCKET_BYTES = 64 * 2**20
-META_FILE = "engine.json"
+META_FILE, TORCH_FILE = "engine.json", "torch_engine.pt"
+# What must be equal to go on; the number of ranks need not.
+IDENTITY = ("kind", "zero_stage", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +137,22 @@ class Engine(Protocol):
         """
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write parameters, optimizer state and schedule step into `folder`."""
+    def snapshot(self, folder: Path, files: StateFiles) -> None:
+        """Copy parameters, optimizer state and schedule step into `files`, to lie in `folder`.
+
+        Touches no file system, so it cannot fail on one rank only.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Continue exactly where `save` left off. UserError if it was another engine's."""
+        """Continue exactly where `snapshot` left off, on any number of ranks.
+
+        Call it on a fresh engine. Exact to the bit on as many ranks as saved; on another number
+        sums over ranks are rounded in another order.
+
+        Raises:
+            UserError: it was another engine's.
+        """
         ...
 
     def close(self) -> None:
@@ -244,17 +257,21 @@ class TorchEngine:
         for bucket in split_buckets(self._module.named_parameters(), max_bytes):
             yield {export_name(name): export_tensor(value, dtype) for name, value in bucket}
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self, folder: Path, files: StateFiles) -> None:
         """See `Engine`."""
-        folder.mkdir(parents=True, exist_ok=True)
         state = {"module": self._module.state_dict(), "optimizer": self._optimizer.state_dict()}
-        torch.save(state, folder / "torch_engine.pt")
-        write_meta(folder, {"kind": "torch"}, self._schedule_step)
+        files.add(folder / TORCH_FILE, state)
+        files.add_json(folder / META_FILE, self._meta)
+
+    @property
+    def _meta(self) -> dict[str, Any]:
+        precision = "bf16" if self._bf16 else "fp32"
+        return {"kind": "torch", "precision": precision, "schedule_step": self._schedule_step}
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""
-        self._schedule_step = read_meta(folder, {"kind": "torch"})
-        state = torch.load(folder / "torch_engine.pt", map_location=self.device, weights_only=True)
+        self._schedule_step = read_meta(folder, self._meta)["schedule_step"]
+        state = torch.load(folder / TORCH_FILE, map_location=self.device, weights_only=True)
         self._module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])
 
@@ -328,29 +345,31 @@ def export_tensor(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return value.detach().to(device="cpu", dtype=dtype or value.dtype, copy=True)
 
 
-def write_meta(folder: Path, identity: Mapping[str, Any], schedule_step: int) -> None:
-    """Record which engine wrote `folder`, and how far its schedule was."""
-    record = {**identity, "schedule_step": schedule_step}
-    (folder / META_FILE).write_text(json.dumps(record, indent=2) + "\n")
+def save_engine(engine: Engine, folder: Path) -> None:
+    """Take a snapshot and write it at once: for callers that have nothing else to do."""
+    files = StateFiles()
+    engine.snapshot(folder, files)
+    files.write()
 
 
-def read_meta(folder: Path, identity: Mapping[str, Any]) -> int:
-    """Check that `folder` was written by an engine of this `identity`; return its schedule step.
+def read_meta(folder: Path, ours: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`engine.json` of an engine's folder; with `ours`, if that engine was like it.
 
     Raises:
-        UserError: nothing there, or another kind, ZeRO stage, precision or number of ranks.
+        UserError: nothing there, or another kind, ZeRO stage or precision.
     """
     path = folder / META_FILE
     try:
-        found = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: missing; this folder holds no engine checkpoint") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: damaged ({error}); resume from an earlier checkpoint") from error
-    for key, value in identity.items():
-        if found.get(key) != value:
+    ours = found if ours is None else ours
+    for key in IDENTITY:
+        if found.get(key) != ours.get(key):
             raise UserError(
-                f"{path}: was saved with {key}={found.get(key)}, this run has {key}={value}; "
-                f"set it back, or start from the exported HF folder"
+                f"{path}: was saved with {key}={found.get(key)}, this run has {key}="
+                f"{ours.get(key)}; set it back, or start from the exported HF folder"
             )
-    return int(found["schedule_step"])
+    return found

@@ -2,9 +2,10 @@
 
 Not the contents of a checkpoint: the cluster writes `policy/` and, if it moves, `reference/` into
 the folder it is given. A checkpoint is complete or absent: it is written under a temporary name,
-flushed to disk, renamed, and only then does `rl/latest` point to it.
+flushed to disk, its manifest last, renamed, and only then does `rl/latest` point to it.
 """
 
+import errno
 import json
 import os
 import re
@@ -12,24 +13,36 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
 from common.errors import InfrastructureError, UserError
+from common.files import private_folder
+from common.futures import in_thread
+from common.integrity import MANIFEST, FileRecord, covered_bytes, find_damage, flush, write_manifest
+from rl.inflight import Batches, write_batches
+from rl.origin import Origin
 
 STATE_FILE = "state.json"
 _STEP = re.compile(r"global_step_(\d+)")
+# Writes the workers' files into the folder it is given. The future, if there is one, ends when they
+# are on disk, and holds their records by absolute path, so that nobody has to read them again.
+Write = Callable[[Path], Future[dict[str, FileRecord]] | None]
+WRITE_TIMEOUT_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class RunState:
     """What `state.json` holds beside the engine's own files.
 
-    step: finished updates. pending: problem ids of the batches that were in flight; they are
-    worked out again from (data seed, step), this is their record.
+    step: finished updates; with data.seed the data cursor, with run_seed the first two names of
+    every random number. policy_version: of the weights then served. pending: problem ids of the
+    batches that were in flight; they are worked out again from (data seed, step), this is their
+    record.
     """
 
     step: int
@@ -40,37 +53,100 @@ class RunState:
 
 
 class Checkpoints:
-    """The `rl/` part of a run folder; keeps the newest `keep_last_n` steps."""
+    """The `rl/` part of a run folder; keeps the newest `keep_last_n` steps.
 
-    def __init__(self, run_folder: Path, keep_last_n: int = 2) -> None:
+    Args:
+        run_folder: of the run.
+        keep_last_n: how many to keep; one more needs room while it is written.
+        origin: said in every checkpoint; a reader needs none.
+    """
+
+    def __init__(
+        self, run_folder: Path, keep_last_n: int = 2, origin: Origin | None = None
+    ) -> None:
         self.folder = run_folder / "rl"
         self._keep = keep_last_n
+        self._origin = origin
+        self.bytes_written = 0
 
-    def save(self, state: RunState, write: Callable[[Path], None]) -> Path:
-        """Save one step; `write(folder)` puts the cluster's files into the folder it is given.
+    def save(self, state: RunState, write: Write, batches: Batches | None = None) -> Path:
+        """Save one step and wait until it is on disk. See `begin`."""
+        return self.begin(state, write, batches).result(WRITE_TIMEOUT_S)
 
-        Raises:
+    def begin(self, state: RunState, write: Write, batches: Batches | None = None) -> Future[Path]:
+        """Start to save one step; `write(folder)` puts the cluster's files into a folder.
+
+        Returns as soon as `write` does; the rest is done in a thread that no exit waits for.
+        `batches` are those in flight that are scored already. What a worker raises in `write` is
+        passed on: that is not the file system's fault.
+
+        The future raises:
             InfrastructureError: the file system refused; the previous checkpoint is untouched.
         """
         final = self.folder / f"global_step_{state.step}"
         temporary = self.folder / f".{final.name}.tmp"
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            write(temporary)
-            record = asdict(state) | {"code_version": code_version()}
-            (temporary / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n")
-            _flush_tree(temporary)
-            _replace_folder(temporary, final)
-            self._point_to(final)
-            self._prune(state.step)
+            self._sweep()
+            private_folder(self.folder)
+            temporary.mkdir()
+            self._check_room()
+            files = write(temporary)
         except OSError as error:
-            raise InfrastructureError(f"cannot save {final}: {error}") from error
-        return final
+            refused: Future[Path] = Future()
+            refused.set_exception(_refused(temporary, final, error))
+            return refused
+
+        def finish() -> Path:
+            try:
+                records = {} if files is None else files.result(WRITE_TIMEOUT_S)
+                self._complete(state, temporary, final, records, batches or {})
+            except (OSError, InfrastructureError, UserError) as error:
+                raise _refused(temporary, final, error) from error
+            return final
+
+        return in_thread(finish, f"save-{state.step}")
+
+    def _sweep(self) -> None:
+        """Remove what a save that was killed has left; there is never more than one under way."""
+        for pattern in (".global_step_*.tmp", ".global_step_*.old"):
+            for left in self.folder.glob(pattern):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _check_room(self) -> None:
+        """Refuse before the disk is full: metrics and logs are often written to the same one."""
+        latest = self.latest()
+        needed = 0 if latest is None else covered_bytes(latest)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{free} bytes free, the last checkpoint has {needed}")
+
+    def _complete(
+        self,
+        state: RunState,
+        temporary: Path,
+        final: Path,
+        records: Mapping[str, FileRecord],
+        batches: Batches,
+    ) -> None:
+        record = asdict(state) | {"code_version": code_version()}
+        (temporary / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        write_batches(temporary, batches)
+        if self._origin is not None:
+            self._origin.write(temporary)
+        root = temporary.resolve()
+        known = {Path(path).relative_to(root).as_posix(): r for path, r in records.items()}
+        self.bytes_written = write_manifest(temporary, known)
+        for path in temporary.rglob("*"):
+            if path.relative_to(temporary).as_posix() not in known:  # those are on disk already
+                flush(path)
+        flush(temporary)
+        _replace_folder(temporary, final)
+        self._point_to(final)
+        self._prune(state.step)
 
     def saved(self) -> list[Path]:
         """Complete checkpoints, oldest step first."""
-        found = [p for p in self.folder.glob("global_step_*") if (p / STATE_FILE).is_file()]
+        found = [p for p in self.folder.glob("global_step_*") if is_complete(p)]
         return sorted(found, key=_step_of)
 
     def latest(self) -> Path | None:
@@ -78,19 +154,50 @@ class Checkpoints:
         pointer = self.folder / "latest"
         if pointer.is_file():
             named = self.folder / pointer.read_text().strip()
-            if (named / STATE_FILE).is_file():
+            if is_complete(named):
                 return named
         saved = self.saved()
         return saved[-1] if saved else None
 
-    def resume_from(self, resume: str) -> Path | None:
-        """The checkpoint folder that `resume` (auto, never or a path) means; None starts anew.
+    def newest_sound(self, say: Callable[[str], None]) -> Path | None:
+        """`latest`, or the newest before it whose files are all as they were written.
+
+        Args:
+            say: hears of every checkpoint that is passed over, and why.
 
         Raises:
-            UserError: `never` over an existing run, or a path without a checkpoint.
+            UserError: there are checkpoints, and none of them is sound.
+        """
+        latest = self.latest()
+        if latest is None:
+            return None
+        before = [path for path in self.saved() if _step_of(path) < _step_of(latest)]
+        damage = ""
+        for path in [latest, *reversed(before)]:
+            found = find_damage(path)
+            if found is None:
+                if damage:
+                    say(f"{damage}; going back to {path}")
+                return path
+            damage = f"{path} is damaged ({found})"
+        raise UserError(
+            f"{damage}, and no earlier checkpoint is sound; remove {self.folder} to start anew, or "
+            "choose another run.folder"
+        )
+
+    def resume_from(self, resume: str, say: Callable[[str], None] = print) -> Path | None:
+        """The checkpoint folder that `resume` (auto, never or a path) means; None starts anew.
+
+        Every file of it has been read and compared with its checksum.
+
+        Args:
+            say: hears of damaged checkpoints that `auto` passes over.
+
+        Raises:
+            UserError: `never` over an existing run, a path without a checkpoint, a damaged one.
         """
         if resume == "auto":
-            return self.latest()
+            return self.newest_sound(say)
         if resume == "never":
             if (latest := self.latest()) is not None:
                 raise UserError(
@@ -99,11 +206,16 @@ class Checkpoints:
                 )
             return None
         path = Path(resume)
-        found = path if (path / STATE_FILE).is_file() else Checkpoints(path).latest()
+        found = path if is_complete(path) else Checkpoints(path).latest()
         if found is None:
             raise UserError(
                 f"run.resume={resume}: no checkpoint there; give a run folder or one of its "
                 "rl/global_step_N folders"
+            )
+        damage = find_damage(found)
+        if damage is not None:
+            raise UserError(
+                f"run.resume={resume}: {found} is damaged ({damage}); name an earlier one"
             )
         return found
 
@@ -111,9 +223,9 @@ class Checkpoints:
         pointer = self.folder / "latest"
         temporary = self.folder / ".latest.tmp"
         temporary.write_text(final.name + "\n")
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, pointer)
-        _flush(self.folder)
+        flush(self.folder)
 
     def _prune(self, step: int) -> None:
         # Steps after this one belong to a future that a resume from an earlier step left behind:
@@ -121,6 +233,11 @@ class Checkpoints:
         past = [path for path in self.saved() if _step_of(path) <= step]
         for path in past[: -self._keep]:
             shutil.rmtree(path)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a save went to its end here; not whether the files are still sound."""
+    return (folder / MANIFEST).is_file() and (folder / STATE_FILE).is_file()
 
 
 def read_state(folder: Path, run_seed: int) -> RunState:
@@ -194,19 +311,11 @@ def _replace_folder(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     temporary.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _flush_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _flush(path)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _refused(temporary: Path, final: Path, error: Exception) -> InfrastructureError:
+    """The error to raise, once what is half written is out of the way."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    return InfrastructureError(f"cannot save {final}: {error}")

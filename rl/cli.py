@@ -228,6 +228,31 @@ def import_(
         import_folder(source, out, family, block_size, mask_token)
 
 
+@app.command(
+    name="export",
+    epilog=example(
+        "unmask export --run runs/demo my_model", "unmask export --run runs/demo --step 150 step150"
+    ),
+)
+def export_model(
+    out: Annotated[Path, typer.Argument(help="Hugging Face folder to write")],
+    run: Annotated[
+        Path, typer.Option(help="run folder, or one of its rl/global_step_N folders")
+    ] = Path("runs/demo"),
+    step: Annotated[
+        int | None, typer.Option(min=0, help="a saved step; without it the last")
+    ] = None,
+) -> None:
+    """A saved step of a run as a folder for stock transformers. Starts no workers."""
+    from common.progress import open_progress
+    from rl.export import export_step
+
+    with exit_codes():
+        with open_progress() as progress:
+            used = export_step(run, step, out, progress)
+        print(f"{out}: from {used}")
+
+
 @app.command(epilog=example("unmask report", "unmask report runs/mine"))
 def report(
     run: Annotated[Path, typer.Argument(help="run folder, finished or not")] = Path("runs/demo"),

@@ -24,6 +24,7 @@ from rich.console import Console
 from common.config import Section, dump_config, load_config
 from common.errors import UserError
 from common.exits import exit_codes
+from common.files import private_folder
 from common.memory import PeakMemory
 from common.metrics import METRICS_FILE, open_metrics, read_metrics
 from common.progress import Progress, open_progress
@@ -139,7 +140,7 @@ class Demo:
             back.rename(self.folder)
         if fresh and self.folder.exists():
             self._discard()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self.folder)
 
     def _discard(self) -> None:
         if not (self.folder / PIPELINE_FILE).is_file() and any(self.folder.iterdir()):

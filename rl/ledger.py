@@ -78,6 +78,12 @@ class Life:
         """These came back from the reward workers (also those whose reward failed)."""
         self._note("scored", step, samples=_samples(groups))
 
+    def taken_up(self, step: int, problems: Sequence[Problem], groups: Sequence[Group]) -> None:
+        """A batch that a checkpoint had scored already."""
+        self.planned(step, problems)
+        self.generated(step, groups)
+        self.scored(step, groups)
+
     def settled(self, step: int, groups: Sequence[Group], fresh: Sequence[Group]) -> None:
         """The update is done. `fresh` is what of `groups` was not too old for it."""
         by_fate: dict[str, list[tuple[str, list[int]]]] = {}

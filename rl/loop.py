@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from common.errors import LearnerLost
@@ -18,25 +17,26 @@ from common.futures import in_thread, result_of
 from common.records import Problem, Scored
 from common.seeding import derive_seed
 from rl.batch import drop_stale, rollout_metrics
-from rl.checkpoint import Checkpoints, RunState, interrupt_deferred, read_state
+from rl.checkpoint import RunState, interrupt_deferred, read_state
 from rl.estimates import evaluation_metrics
+from rl.inflight import Flight, read_batches, taken_up
 from rl.ledger import Ledger
 from rl.protocol import Cluster, LoopPlan, Monitor
+from rl.saving import Saver
 
 
 @dataclass
 class Loop:
-    """One run. `run` goes on from `checkpoint` (None: from nothing) to `plan.steps`."""
+    """One run. `run` goes on from the saver's newest checkpoint, or from nothing."""
 
     cluster: Cluster
     batch: Callable[[int], Sequence[Problem]]  # of a step: a pure function (`rl.data`)
     test: Sequence[Problem]
     plan: LoopPlan
-    checkpoints: Checkpoints
+    saver: Saver
     ledger: Ledger
     monitor: Monitor
     finish: Callable[[int], None]  # called once with the last step, while the workers live
-    checkpoint: Path | None = None
 
     def run(self) -> RunState:
         """Train to the last step. Ctrl-C saves what is finished before it is passed on.
@@ -52,7 +52,7 @@ class Loop:
 
     def _run(self, loss: LearnerLost | None) -> RunState:
         plan, self.updating = self.plan, False
-        self.in_flight: deque[tuple[Sequence[Problem], Future[Scored]]] = deque()
+        self.in_flight: deque[Flight] = deque()
         self._start(loss)
         try:
             if plan.eval_at_start and self.state.step == 0:
@@ -62,31 +62,40 @@ class Loop:
                 for step in range(done + len(self.in_flight), ahead):
                     self._submit(step)
                 self._train_step()
+                self.saver.poll()
                 last = self.state.step == plan.steps
                 if plan.eval_every and (last or self.state.step % plan.eval_every == 0):
                     self._evaluate()
                 if last or (plan.save_every and self.state.step % plan.save_every == 0):
                     self._save()
+            self.saver.finish(must=True)
             self.finish(self.state.step)
             return self.state
         except KeyboardInterrupt:
             if not self.updating and self.saved != self.state.step:
                 self._save()
+            self.saver.finish(must=True)
             raise
 
     def _start(self, loss: LearnerLost | None) -> None:
-        """Where the checkpoint stopped, with its weights served."""
-        seed, cause = self.plan.run_seed, "resume" if self.checkpoint else "start"
-        self.state = read_state(self.checkpoint, seed) if self.checkpoint else RunState(0, 0, seed)
+        """Where the newest checkpoint stopped, with its weights served."""
+        self.saver.finish()
+        checkpoint, seed = self.saver.newest, self.plan.run_seed
+        self.state = read_state(checkpoint, seed) if checkpoint else RunState(0, 0, seed)
         self.saved, step = self.state.step, self.state.step
-        if loss is not None:
+        scored, cause = {}, "resume" if checkpoint else "start"
+        if loss is not None:  # versions go on counting, so what was in flight is too old
             cause = f"learner lost: {loss}"
             self.monitor.say(f"{loss}; the learner starts anew and goes on from step {step}")
-            self.cluster.recover(self.checkpoint)
-        elif self.checkpoint is not None:
-            self.cluster.load(self.checkpoint)
+            self.cluster.recover(checkpoint)
+        elif checkpoint is not None:
+            scored = read_batches(checkpoint, self.batch)
+            self.cluster.load(checkpoint, self.state.policy_version)
         self.life = self.ledger.begin(step, cause)
         self.state = replace(self.state, policy_version=self.cluster.sync_weights())
+        self.in_flight.extend(taken_up(scored, self.batch, range(step, self.plan.steps)))
+        for number, (problems, future) in enumerate(self.in_flight, start=step):
+            self.life.taken_up(number, problems, future.result().groups)
 
     def _submit(self, step: int) -> None:
         """Generate, then score at once, beside the learner."""
@@ -130,11 +139,8 @@ class Loop:
         self.monitor.log(step, metrics | {"timing_s/evaluate": time.monotonic() - started})
 
     def _save(self) -> None:
-        pending = tuple(tuple(p.problem_id for p in batch) for batch, _ in self.in_flight)
-        with interrupt_deferred():
-            state = replace(self.state, pending=pending)
-            self.checkpoint = self.checkpoints.save(state, self.cluster.save)
-            self.saved = self.state.step
+        self.saver.save(self.state, self.in_flight)
+        self.saved = self.state.step
 
     def _wait(self, future: Future[Any], what: str, step: int) -> Any:
         # Later than the cluster's own limit, which can name the actor and its log.

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
+from models.state_files import Written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,14 @@ class Cluster(Protocol):
     def evaluate(
         self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
     ) -> Future[list[Group]]: ...
-    def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> Future[Written]:
+        """Copy the learner's state; the future ends when its files are in `folder`, on disk."""
+        ...
+
+    def load(self, folder: Path, version: int | None = None) -> None:
+        """Restore it. The next `sync_weights` publishes as `version` (None: goes on counting)."""
+        ...
+
     def recover(self, folder: Path | None) -> None:
         """After `LearnerLost`: drop all work under way, start the learner anew, load `folder`.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
+from common.files import private_folder
 from common.records import Group, Problem, Rollout
 from rl.estimates import Estimate, difference, pass_rates, passed
 
@@ -139,7 +140,7 @@ def prompt_text(problem: Problem) -> str:
 def write_result(run: Path, result: StageResult) -> Path:
     """Write `<run>/evaluations/<stage>.json`; it appears only when it is complete."""
     path = run / FOLDER / f"{result.stage}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)

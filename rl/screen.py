@@ -20,6 +20,9 @@ MASK = "░"
 FRAMES_PER_S = 20
 # Where a character's bytes are not all there yet.
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# A model's text must not give orders to the terminal: control characters as pictures of them.
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), ord(INCOMPLETE))
 
 
 class Screen:
@@ -57,6 +60,7 @@ class Screen:
         for place, token in enumerate(ids[: snapshot.text]):
             known = token != self._tokenizer.mask_token_id
             piece = str(self._tokenizer.decode([token])) if known else MASK
+            piece = piece.translate(PICTURES)
             text.append(piece, style="" if place < snapshot.final else "bold" if known else "dim")
         self._texts[snapshot.request] = text
         self._live.update(Group(*self._texts), refresh=True)
@@ -94,5 +98,5 @@ def coloured(pieces: Sequence[str], steps: Sequence[int]) -> Text:
             f"{round(a + (b - a) * share):02x}"
             for a, b in zip((91, 155, 236), (240, 131, 79), strict=True)
         )
-        text.append(piece, style=colour)
+        text.append(piece.translate(PICTURES), style=colour)
     return text

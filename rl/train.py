@@ -4,7 +4,6 @@ Everything a user can have got wrong is looked at before the first worker starts
 written; what a step does is `rl.loop`.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -22,24 +21,28 @@ import typer
 from common.config import dump_config
 from common.errors import UserError
 from common.exits import exit_codes
+from common.files import private_folder
 from common.metrics import Sink, open_metrics
 from common.progress import Progress, open_progress
 from common.records import Problem
 from models.attention import check_attention
 from models.outline import Outline, load_outline
+from models.reshard import check_engine
 from models.tokenizer import encode_prompt
 from rewards.compose import verify_rewards
 from rl.checkpoint import Checkpoints, RunState, read_state
 from rl.config import TrainConfig, load_train_config
 from rl.data import ProblemStream, check_prompt_lengths, take_problems
 from rl.evaluate import check_decoding, greedy
+from rl.export import exported_step, mark_step
 from rl.ledger import LEDGER_FILE, Ledger
 from rl.loop import Loop
+from rl.origin import Origin
 from rl.protocol import Cluster, LoopPlan
+from rl.saving import Saver
 from workers.rollout import rollout_dtype
 
 STAGE = "rl"
-EXPORT_MARK = "training_step.json"
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Job:
     test: list[Problem]
     state: RunState
     resume_from: Path | None
+    origin: Origin
+    remarks: tuple[str, ...] = ()  # what a resume found: damage passed over, changed settings
 
     @property
     def export_folder(self) -> Path:
@@ -61,7 +66,7 @@ class Job:
     def finished(self) -> bool:
         """Every step is done and exported."""
         step = self.state.step
-        return step >= self.config.train.steps and _exported_step(self.export_folder) == step
+        return step >= self.config.train.steps and exported_step(self.export_folder) == step
 
     def say_finished(self, progress: Progress) -> None:
         """A resume that has nothing to do must not look like one that trained."""
@@ -88,6 +93,8 @@ class Job:
     def run_on(self, cluster: Cluster, sink: Sink, progress: Progress) -> RunState:
         """The same with workers that the caller started and closes."""
         _write_config(self.config)
+        for remark in self.remarks:
+            progress.say(remark)
         steps = self.config.train.steps
         progress.stage(STAGE, steps, done=self.state.step)
         with _terminate_as_interrupt():
@@ -108,17 +115,16 @@ class Job:
             max_staleness=config.algorithm.max_staleness,
             timeout_s=config.cluster.timeout_s,
         )
-        checkpoints = Checkpoints(config.run.path, config.train.keep_last_n)
+        checkpoints = Checkpoints(config.run.path, config.train.keep_last_n, self.origin)
         return Loop(
             cluster,
             self.stream.batch,
             self.test,
             plan,
-            checkpoints,
+            Saver(checkpoints, cluster.save, monitor, self.resume_from, plan.timeout_s),
             Ledger(config.run.path / LEDGER_FILE, config.rollout.group_size),
             monitor,
             finish=lambda step: _export(cluster, self.export_folder, step),
-            checkpoint=self.resume_from,
         )
 
 
@@ -164,10 +170,17 @@ def prepare(config: TrainConfig) -> Job:
     test = _problems(config, "test") if evaluates else []
     stream = ProblemStream(train, config.rollout.prompts_per_step, config.data.seed)
     _check_prompts(config, outline, {config.data.train: train, config.data.test: test})
-    resume_from = Checkpoints(config.run.path).resume_from(config.run.resume)
-    seed = config.run.seed
-    state = RunState(0, 0, seed) if resume_from is None else read_state(resume_from, seed)
-    return Job(config, stream, test, state, resume_from)
+    origin = Origin.of(config.model_dump(mode="json"), outline, train)
+    remarks: list[str] = []
+    state = RunState(0, 0, config.run.seed)
+    resume_from = Checkpoints(config.run.path).resume_from(config.run.resume, remarks.append)
+    if resume_from is not None:
+        state = read_state(resume_from, config.run.seed)
+        remarks += origin.check(resume_from)
+        ranks = config.cluster.learner.ranks
+        remark = check_engine(resume_from / "policy", config.engine, ranks)
+        remarks += [remark] if remark else []
+    return Job(config, stream, test, state, resume_from, origin, tuple(remarks))
 
 
 def _problems(config: TrainConfig, which: str) -> list[Problem]:
@@ -212,8 +225,9 @@ def make_cluster(config: TrainConfig, say: Callable[[str], None]) -> Cluster:
 
 def _write_config(config: TrainConfig) -> None:
     path = config.run.path / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     partial = path.with_suffix(".partial")
+    partial.touch(mode=0o600)
     partial.write_text(dump_config(config))
     os.replace(partial, path)
 
@@ -223,14 +237,9 @@ def _export(cluster: Cluster, folder: Path, step: int) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     cluster.export(partial)
-    (partial / EXPORT_MARK).write_text(json.dumps({"step": step}) + "\n")
+    mark_step(partial, step)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-
-
-def _exported_step(folder: Path) -> int | None:
-    mark = folder / EXPORT_MARK
-    return int(json.loads(mark.read_text())["step"]) if mark.is_file() else None
 
 
 @contextmanager

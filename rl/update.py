@@ -12,7 +12,6 @@ from pickle import UnpicklingError
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from common.config import Section
@@ -24,11 +23,12 @@ from diffusion.views import EstimatorConfig
 from models.denoiser import Denoiser
 from models.engine import Engine
 from models.spec import DiffusionSpec
+from models.state_files import StateFiles
 from rl.advantage import Baseline
 from rl.batch import Batch, MicroBatch, batch_metrics, make_batch, micro_batches
 from rl.loss import LossTerms, clipped_policy_loss, mean_metrics
 
-REFERENCE_FILE = "reference/model.safetensors"
+REFERENCE_FILE = "reference/model.pt"
 
 
 class AlgorithmConfig(Section):
@@ -202,17 +202,20 @@ class PolicyUpdater:
             if outcome.unexpected_keys:
                 raise ValueError(f"the policy has weights its reference lacks: {outcome}")
 
-    def save(self, folder: Path) -> None:
-        """Write `policy/`, and `reference/` if it has moved away from the first checkpoint."""
-        self._engine.save(folder / "policy")
+    def snapshot(self, folder: Path) -> StateFiles:
+        """A copy of `policy/`, and of `reference/` if it moves: what this rank has to write.
+
+        Collective, and quick: training may go on while the files are written.
+        """
+        files = StateFiles()
+        self._engine.snapshot(folder / "policy", files)
         moves = self._config.reference_refresh_steps > 0
         if moves and self._reference is not None and self._engine.rank == 0:
-            path = folder / REFERENCE_FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_model(self._reference.model, str(path))
+            files.add(folder / REFERENCE_FILE, self._reference.model.state_dict())
+        return files
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote.
+        """Restore what `snapshot` took; the number of ranks may have changed.
 
         Raises:
             UserError: damaged files, or no reference although this configuration refreshes one.
@@ -233,7 +236,8 @@ class PolicyUpdater:
                 f"{path}: missing; the run was saved with algorithm.reference_refresh_steps=0 or "
                 "beta=0: resume it with the same settings"
             )
-        load_model(self._reference.model, str(path))
+        state = torch.load(path, map_location=self._engine.device, weights_only=True)
+        self._reference.model.load_state_dict(state)
 
 
 def _broadcast_bucket(bucket: dict[str, Tensor], engine: Engine) -> dict[str, Tensor]:

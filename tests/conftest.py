@@ -6,7 +6,12 @@ import importlib.util
 import os
 import shutil
 
+import hypothesis
 import pytest
+
+# No limit per example: a machine that is busy is not a test that fails.
+hypothesis.settings.register_profile("unmask", deadline=None)
+hypothesis.settings.load_profile("unmask")
 
 
 def _missing(marker: str) -> str | None:

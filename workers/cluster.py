@@ -5,9 +5,11 @@ with the same seeds. The ranks of the learner are a gang: one lost rank takes al
 the last checkpoint. Weights go through the object store, never through the driver.
 """
 
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from common.errors import InfrastructureError, UserError
 from common.futures import in_thread, result_of, then
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
+from models.state_files import Written
 from rewards.compose import check_failures
 from rl.config import TrainConfig
 from workers.autoscale import Autoscaler
@@ -30,10 +33,13 @@ from workers.operator import forget_place, write_place
 from workers.placement import Remote, ray
 from workers.pool import cut
 from workers.reward import join
+from workers.slot import Worker
 from workers.weights import INITIAL_VERSION
 from workers.wire import version_bytes
 
 FAILURES_FILE = "failures.log"
+# Files of a checkpoint may take longer than any one answer.
+SAVE_TIMEOUTS, SAVE_POLL_S = 6.0, 0.1
 
 
 class RayCluster:
@@ -266,13 +272,35 @@ class RayCluster:
             self._rollouts.resize(decision.after)
             self._say(f"rollout workers {decision.before} -> {decision.after}: {decision.reason}")
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Future[Written]:
         """See `rl.protocol.Cluster`. With several nodes, to a file system that they share."""
-        self._on_learners("save", folder.resolve())
+        self._on_learners("start_save", folder.resolve())
+        ranks = list(self._gang.ranks) if self._gang is not None else []
+        return in_thread(partial(self._saved, ranks), "save")
 
-    def load(self, folder: Path) -> None:
+    def _saved(self, ranks: Sequence[Worker]) -> Written:
+        """Wait until every rank has written its files: a failed save is cleared away whole."""
+        deadline = time.monotonic() + SAVE_TIMEOUTS * self._timeout_s
+        reports: list[Written | str | None] = [None]
+        while None in reports:
+            if time.monotonic() > deadline:
+                text = f"{SAVE_TIMEOUTS:g} times cluster.timeout_s={self._timeout_s:g}"
+                raise InfrastructureError(f"save: the learner's files were not written in {text}")
+            time.sleep(SAVE_POLL_S)
+            answers = [rank.call("saved") for rank in ranks]
+            reports = [answer.result(self._timeout_s) for answer in answers]
+        written: Written = {}
+        for report in reports:
+            if isinstance(report, str):
+                raise InfrastructureError(report)
+            written |= report or {}
+        return written
+
+    def load(self, folder: Path, version: int | None = None) -> None:
         """See `rl.protocol.Cluster`. Call `sync_weights` before the next rollout."""
         self._on_learners("load", folder.resolve())
+        if version is not None:
+            self._version = version - 1
 
     def recover(self, folder: Path | None) -> None:
         """See `rl.protocol.Cluster`."""

@@ -153,6 +153,7 @@ class Gang:
         number = next((i for i in range(len(self.ranks)) if f"{ROLE}-{i} " in str(error)), 0)
         name, facts = f"{ROLE}-{number}", self.facts[number]
         failure = describe_failure(name, facts, self.ranks[number], error)
+        self.kill()  # whoever waits for the others must not wait long
         if self._watch.failed(failure, [ROLE], self._clock()) is not None:
             raise self._watch.verdict(ROLE)
         raise LearnerLost(str(error)) from error

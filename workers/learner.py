@@ -6,6 +6,7 @@ ranks must meet at an address that is known only once rank 0 has a machine.
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from common.records import Group
 from models.attention import choose_attention
 from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.engine import Engine, EngineConfig, OptimConfig, make_engine
+from models.state_files import Written
 from rl.update import AlgorithmConfig, PolicyUpdater
 from workers.weights import WeightStore
 from workers.wire import cut
@@ -61,6 +63,7 @@ class LearnerWorker:
     _engine: Engine
     _checkpoint: Checkpoint
     _updater: PolicyUpdater
+    _saving: Future[Written]
 
     def __init__(
         self,
@@ -121,9 +124,24 @@ class LearnerWorker:
             pass
         return version
 
-    def save(self, folder: Path) -> None:
-        """Write `policy/` (and a reference that moves) into `folder`."""
-        self._updater.save(folder)
+    def save(self, folder: Path) -> Future[Written]:
+        """Copy `policy/` (and a reference that moves); a thread writes it into `folder`.
+
+        The future holds the records of this rank's files; it ends with an InfrastructureError if
+        they could not be written.
+        """
+        return self._updater.snapshot(folder).write_beside()
+
+    def start_save(self, folder: Path) -> None:
+        """`save` for callers in another process, who cannot hold its future: see `saved`."""
+        self._saving = self.save(folder)
+
+    def saved(self) -> Written | str | None:
+        """What came of `start_save`: the records, the error in words, None if not yet over."""
+        if not self._saving.done():
+            return None
+        error = self._saving.exception()
+        return str(error) if error is not None else self._saving.result()
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote."""

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
+from models.state_files import Written
 from rewards.compose import check_failures
 from rl.config import TrainConfig
 from workers.learner import LearnerPlan, LearnerWorker
@@ -90,13 +91,15 @@ class LocalCluster:
         self._version = self._learner.publish(self._version + 1)
         return self._version
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Future[Written]:
         """See `rl.protocol.Cluster`."""
-        self._learner.save(folder)
+        return self._learner.save(folder)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, version: int | None = None) -> None:
         """See `rl.protocol.Cluster`. Call `sync_weights` before the next rollout."""
         self._learner.load(folder)
+        if version is not None:
+            self._version = version - 1
 
     def recover(self, folder: Path | None) -> None:
         """See `rl.protocol.Cluster`."""

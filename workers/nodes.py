@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InfrastructureError, UserError
+from workers.access import admission, keep_token, loopback
 from workers.fitting import Node, Want, missing
 from workers.placement import (
     NAMESPACE,
     ROOT,
     PlacementGroupSchedulingStrategy,
+    RayError,
     placement_group,
     ray,
     remove_placement_group,
@@ -66,18 +68,23 @@ def silence_ray() -> None:
 
 def _start(logical_cpus: float, weight_bytes: int) -> None:
     object_store = _object_store(weight_bytes)
+    keep_token()
     try:
-        ray.init(
-            address="local",
-            namespace=NAMESPACE,
-            num_cpus=max(len(os.sched_getaffinity(0)), int(logical_cpus) + 1, LOCAL_CPUS),
-            include_dashboard=False,
-            object_store_memory=object_store,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            # Idle workers would cost 45 MiB each, and every actor starts a process of its own.
-            _system_config={"prestart_worker_first_driver": False, "enable_worker_prestart": False},
-        )
+        with loopback():
+            ray.init(
+                address="local",
+                namespace=NAMESPACE,
+                num_cpus=max(len(os.sched_getaffinity(0)), int(logical_cpus) + 1, LOCAL_CPUS),
+                include_dashboard=False,
+                object_store_memory=object_store,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                # Idle workers would cost 45 MiB each, and every actor starts a process of its own.
+                _system_config={
+                    "prestart_worker_first_driver": False,
+                    "enable_worker_prestart": False,
+                },
+            )
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InfrastructureError(f"Ray did not start on this machine: {reason}") from error
@@ -107,14 +114,15 @@ def _join(address: str) -> None:
         # A submitted job has brought its tree along; anybody else ships this checkout.
         options["runtime_env"] = {"working_dir": str(ROOT), "excludes": NOT_SHIPPED}
     try:
-        ray.init(
-            address=address,
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **options,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        with admission(address, "cluster.address"):
+            ray.init(
+                address=address,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **options,
+            )
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"cluster.address={address}: cannot join the Ray cluster: {reason}"

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InfrastructureError, UserError
+from workers.access import admission
 from workers.control import CONTROL
 from workers.nodes import check_reachable, silence_ray
-from workers.placement import NAMESPACE, Actor, ray, wait
+from workers.placement import NAMESPACE, Actor, RayError, ray, wait
 
 CLUSTER_FILE = "cluster.json"
 ASK_TIMEOUT_S = 30.0
@@ -179,12 +180,13 @@ def _connect(place: Place) -> None:
             f"{place.source}); the run has ended, or give --address host:port"
         ) from error
     try:
-        ray.init(
-            address=place.address,
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        with admission(place.address, place.source):
+            ray.init(
+                address=place.address,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{place.source}: cannot join {place.address}: {reason}") from error

@@ -18,18 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InfrastructureError, UserError
+from common.files import private_folder
+from common.secret_names import is_secret
 from workers.health import Beat, WorkerFailed
 
-# Read by Ray when it is imported: say nothing to its makers, hide GPUs from actors without one.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-import ray  # noqa: E402
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError  # noqa: E402
-from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402, F401
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,  # noqa: E402
-    PlacementGroupSchedulingStrategy,  # noqa: E402, F401
+# isort: off
+from workers.access import forget_secrets, ray
+
+# After `workers.access`, which makes the settings that Ray reads when it is imported.
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group  # noqa: F401
+from ray.util.scheduling_strategies import (  # noqa: F401
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
 )
+# isort: on
+
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of named actors: the control actor is found from other jobs by it.
@@ -39,7 +43,6 @@ GRACE_S = 1.0
 LOG_LINES = 20
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _REASON = re.compile(r"(?:is dead|died) because (?P<why>[^.]*\.[^.]*)")
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_KEY|ACCESS_KEY|^WANDB_|^AWS_")
 
 
 # Actors
@@ -57,8 +60,7 @@ class Shell:
         # Weights are read where they lie, by readers that only copy from them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         if not secrets:
-            for name in filter(is_secret, list(os.environ)):
-                del os.environ[name]
+            forget_secrets()
         self._problem: UserError | None = None
         try:
             self._worker = build()
@@ -85,14 +87,9 @@ class Shell:
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
 
-def is_secret(name: str) -> bool:
-    """Whether a variable of this name stays out of processes that run a user's rewards."""
-    return bool(_SECRET.search(name.upper())) and not name.startswith("RAY_")
-
-
 def _redirect_output(log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    private_folder(log.parent)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.dup2(descriptor, 1)
@@ -209,7 +206,7 @@ def launch(
     if num_gpus == 0:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if not secrets:
-        environment |= {key: "" for key in os.environ if is_secret(key)}
+        environment |= {key: "" for key, value in os.environ.items() if is_secret(key, value)}
     where: dict[str, Any] = {}
     if place is not None:
         where["scheduling_strategy"] = place

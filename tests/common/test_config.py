@@ -82,3 +82,17 @@ def test_missing_file_and_missing_key_and_no_mapping(tmp_path: Path) -> None:
     torn.write_text("train: {steps: 3\n")
     with pytest.raises(UserError, match=r"torn\.yaml"):
         load_config(Config, torn)
+
+
+def test_a_config_reads_variables(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNMASK_STEPS", "9")
+    values = ["train.steps=${oc.decode:${oc.env:UNMASK_STEPS}}"]
+    assert load_config(Config, file, values).train.steps == 9
+    assert load_config(Config, file, ["train.kind=${oc.env:UNMASK_NONE,b}"]).train.kind == "b"
+
+
+def test_a_config_reads_no_secrets(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "b")
+    with pytest.raises(UserError) as caught:
+        load_config(Config, file, ["train.kind=${oc.env:HF_TOKEN}"])
+    assert "oc.env:HF_TOKEN" in str(caught.value) and "\n" not in str(caught.value)

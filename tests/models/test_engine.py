@@ -6,10 +6,12 @@ Run as a script it is one rank of the two-rank tests (see `run_ranks`).
 import importlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -31,8 +33,10 @@ from models.engine import (
     StepInfo,
     learning_rate,
     make_engine,
+    save_engine,
     split_buckets,
 )
+from models.reshard import read_policy
 from models.spec import DiffusionSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,7 +232,7 @@ def test_save_and_load_continue_identically(
 ) -> None:
     straight = engine_of(kind, stage, precision=precision)
     train(straight)
-    straight.save(tmp_path / "policy")
+    save_engine(straight, tmp_path / "policy")
     resumed = engine_of(kind, stage, precision=precision)
     train(resumed, steps=1)  # moments and weights that must be overwritten
     if stage == 3:  # DeepSpeed loads ZeRO-3 into a fresh engine only
@@ -239,6 +243,41 @@ def test_save_and_load_continue_identically(
     assert found["loss"] == expected["loss"]
     for name, value in found["state"].items():
         assert torch.equal(value, expected["state"][name]), name
+
+
+class _Bomb:
+    """Unpickles into a call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "file"),
+    [
+        ("torch", 0, "torch_engine.pt"),
+        ("deepspeed", 0, "*_model_states.pt"),
+        ("deepspeed", 1, "*_optim_states.pt"),
+    ],
+)
+def test_a_checkpoint_runs_no_code(tmp_path: Path, kind: str, stage: int, file: str) -> None:
+    engine = engine_of(kind, stage)
+    train(engine, steps=1)
+    save_engine(engine, tmp_path / "policy")
+    (path,) = (tmp_path / "policy").rglob(file)
+    trap = tmp_path / "trap"
+    state = torch.load(path, weights_only=False)
+    torch.save(state | {"extra": _Bomb(trap)}, path)
+    with pytest.raises(UnpicklingError):
+        engine.load(tmp_path / "policy")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_policy(tmp_path / "policy")
+    assert not trap.exists()
+    torch.load(path, weights_only=False)
+    assert trap.exists()  # it was armed
 
 
 @pytest.mark.parametrize(
@@ -310,7 +349,7 @@ def test_shm_op_is_still_switched_off_by_this_name() -> None:
 def test_another_engines_checkpoint(
     tmp_path: Path, saved: tuple[str, int], asked: tuple[str, int], message: str
 ) -> None:
-    engine_of(*saved).save(tmp_path)
+    save_engine(engine_of(*saved), tmp_path)
     with pytest.raises(UserError, match=message):
         engine_of(*asked).load(tmp_path)
 
@@ -332,6 +371,11 @@ def test_torch_engine_refuses_ranks() -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what both ranks found at every ZeRO stage: one pair of processes for all."""
     folder = tmp_path_factory.mktemp("ranks")
+    for stage in range(4):
+        engine = engine_of("deepspeed", stage)
+        train(engine)
+        save_engine(engine, folder / f"one-{stage}")
+        torch.save(train(engine, steps=2), folder / f"one-{stage}.pt")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -381,11 +425,49 @@ def test_two_ranks_of_zero_3_gather_the_lean_head(
 def test_two_ranks_equal_one(plain: dict[str, Any], stage: int, two_ranks: Path) -> None:
     first, second = (torch.load(two_ranks / f"{stage}-{rank}.pt") for rank in range(2))
     assert second.pop("state") == {}
-    assert second == {key: first[key] for key in second}
-    assert first["resumed"] == first["continued"]
+    for key in ("loss", "grad_norm", "lr", "skipped"):
+        assert second[key] == first[key]
     assert_same(first, plain, **CLOSE)
+    for rank in (first, second):
+        resumed, continued = rank["resumed"], rank["continued"]
+        assert resumed["loss"] == continued["loss"]
+        for name, value in continued["state"].items():
+            assert torch.equal(resumed["state"][name], value), name
     meta = json.loads((two_ranks / f"policy-{stage}" / "engine.json").read_text())
     assert meta["ranks"] == 2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_rank_goes_on_as_two(stage: int, two_ranks: Path) -> None:
+    """Learning rate, Adam's step count and moments carry over: the second loss shows them."""
+    first, second = (torch.load(two_ranks / f"{stage}-{rank}.pt")["grown"] for rank in range(2))
+    assert second.pop("state") == {}
+    assert second == {key: first[key] for key in second}
+    assert_same(first, torch.load(two_ranks / f"one-{stage}.pt"), **CLOSE)
+    assert first["lr"] == [learning_rate(OPTIM, step) for step in (3, 4)]
+    assert not list((two_ranks / f"one-{stage}").glob(".*"))  # what was converted is gone
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_go_on_as_one(stage: int, two_ranks: Path) -> None:
+    engine = engine_of("deepspeed", stage)
+    engine.load(two_ranks / f"policy-{stage}")
+    found = train(engine, steps=2)
+    assert_same(found, torch.load(two_ranks / f"{stage}-0.pt")["continued"], **CLOSE)
+    assert found["lr"] == [learning_rate(OPTIM, step) for step in (3, 4)]
+    # What it saves from here on is its own again.
+    save_engine(engine, two_ranks / f"again-{stage}")
+    again = engine_of("deepspeed", stage)
+    again.load(two_ranks / f"again-{stage}")
+    assert train(again, steps=1)["loss"] == train(engine, steps=1)["loss"]
+
+
+def test_shards_of_another_number_of_ranks_that_do_not_fit(two_ranks: Path) -> None:
+    broken = Path(shutil.copytree(two_ranks / "policy-1", two_ranks / "broken"))
+    (broken / "engine" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"cannot be made whole.*cluster\.learner\.ranks"):
+        engine_of("deepspeed", 1).load(broken)
+    assert not list(broken.glob(".*"))
 
 
 def main(rank: int, folder: Path) -> None:
@@ -396,11 +478,15 @@ def main(rank: int, folder: Path) -> None:
     for stage in range(4):
         engine = fresh(stage)
         result = train(engine)
-        engine.save(folder / f"policy-{stage}")
-        result["continued"] = train(engine, steps=1)["loss"]
+        save_engine(engine, folder / f"policy-{stage}")
+        engine.sum_over_ranks({"saved": 1.0})  # all files are there before anybody reads them
+        result["continued"] = train(engine, steps=2)
         engine = fresh(stage)
         engine.load(folder / f"policy-{stage}")
-        result["resumed"] = train(engine, steps=1)["loss"]
+        result["resumed"] = train(engine, steps=2)
+        engine = fresh(stage)
+        engine.load(folder / f"one-{stage}")
+        result["grown"] = train(engine, steps=2)
         torch.save(result, folder / f"{stage}-{rank}.pt")
     for tied in (False, True):
         config = EngineConfig(zero_stage=3)

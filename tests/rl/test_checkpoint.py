@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from common.errors import InfrastructureError, UserError
+from common.integrity import FileRecord, find_damage, record_of
 from rl.checkpoint import Checkpoints, RunState, interrupt_deferred, read_state
 
 
@@ -45,6 +48,108 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     assert [p.name for p in checkpoints.saved()] == ["global_step_1"]
 
 
+def test_what_is_half_written_is_removed(tmp_path: Path) -> None:
+    """Also when the refusal comes later, from the thread of a worker."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(1), write)
+
+    def later(folder: Path) -> Future[dict[str, FileRecord]]:
+        write(folder)
+        refused: Future[dict[str, FileRecord]] = Future()
+        refused.set_exception(InfrastructureError("cannot write w: No space left on device"))
+        return refused
+
+    future = checkpoints.begin(state(2), later)
+    with pytest.raises(InfrastructureError, match=r"global_step_2.*No space left"):
+        future.result(60)
+    assert sorted(p.name for p in (tmp_path / "rl").iterdir()) == ["global_step_1", "latest"]
+
+
+def test_no_room_is_seen_before_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    first = checkpoints.save(state(1), write)
+    monkeypatch.setattr(
+        "rl.checkpoint.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10)
+    )
+    with pytest.raises(InfrastructureError, match=r"global_step_2.*10 bytes free, the last"):
+        checkpoints.save(state(2), lambda folder: pytest.fail("nothing may be written"))
+    assert checkpoints.latest() == first
+    assert sorted(p.name for p in (tmp_path / "rl").iterdir()) == ["global_step_1", "latest"]
+
+
+def test_the_pointer_moves_only_when_all_is_written(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(1), write)
+    files: Future[dict[str, FileRecord]] = Future()
+
+    def slow(folder: Path) -> Future[dict[str, FileRecord]]:
+        write(folder)
+        return files
+
+    future = checkpoints.begin(state(2), slow)
+    assert not future.done()
+    assert Checkpoints(tmp_path).latest() == tmp_path / "rl" / "global_step_1"
+    weights = tmp_path / "rl" / ".global_step_2.tmp" / "policy" / "weights"
+    files.set_result({str(weights.resolve()): record_of(weights)})
+    assert future.result(60) == tmp_path / "rl" / "global_step_2"
+    assert Checkpoints(tmp_path).latest() == tmp_path / "rl" / "global_step_2"
+    assert find_damage(tmp_path / "rl" / "global_step_2") is None
+
+
+def damage(checkpoint: Path, how: str) -> None:
+    weights = checkpoint / "policy" / "weights"
+    if how == "flipped":
+        weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]))
+    elif how == "truncated":
+        weights.write_bytes(b"")
+    elif how == "state":
+        text = (checkpoint / "state.json").read_text()
+        (checkpoint / "state.json").write_text(text.replace('"step": 3', '"step": 2'))
+    else:
+        weights.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "state"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, how: str) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last_n=9)
+    for step in (1, 2, 3):
+        checkpoints.save(state(step), write)
+    checkpoints.save(state(9), write)
+    (tmp_path / "rl" / "latest").write_text("global_step_3\n")  # 9: a future that was left
+    damage(tmp_path / "rl" / "global_step_3", how)
+    said: list[str] = []
+    assert checkpoints.resume_from("auto", said.append) == tmp_path / "rl" / "global_step_2"
+    assert len(said) == 1
+    assert "global_step_3 is damaged" in said[0]
+    assert f"going back to {tmp_path / 'rl' / 'global_step_2'}" in said[0]
+    with pytest.raises(UserError, match=r"run\.resume=.*global_step_3 is damaged"):
+        checkpoints.resume_from(str(tmp_path / "rl" / "global_step_3"), said.append)
+
+
+def test_nothing_sound_is_left(tmp_path: Path) -> None:
+    """Starting anew without a word would overwrite what somebody may still want to mend."""
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(state(step), write)
+        damage(tmp_path / "rl" / f"global_step_{step}", "flipped")
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"global_step_1 is damaged.*no earlier.*remove"):
+        checkpoints.resume_from("auto", said.append)
+
+
+def test_leftovers_of_a_killed_save_are_swept(tmp_path: Path) -> None:
+    """They may be as large as a checkpoint, and of a step that is never saved again."""
+    left = tmp_path / "rl" / ".global_step_7.tmp" / "policy"
+    left.mkdir(parents=True)
+    (left / "half").write_text("written")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.resume_from("auto") is None
+    checkpoints.save(state(4), write)
+    assert sorted(p.name for p in (tmp_path / "rl").iterdir()) == ["global_step_4", "latest"]
+
+
 def test_keep_last_n(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last_n=2)
     for step in (2, 9, 10, 11):
@@ -71,7 +176,8 @@ def test_a_pointer_to_nothing_falls_back_to_the_newest(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state(1), write)
     (tmp_path / "rl" / "latest").write_text("global_step_99\n")
-    (tmp_path / "rl" / "global_step_50").mkdir()  # no state.json: incomplete
+    (tmp_path / "rl" / "global_step_50").mkdir()  # no manifest: incomplete
+    (tmp_path / "rl" / "global_step_50" / "state.json").write_text("{}")
     assert checkpoints.resume_from("auto") == tmp_path / "rl" / "global_step_1"
 
 

@@ -15,10 +15,12 @@ from common.records import Completion, Group, Problem, Rollout, Score, Scored
 from common.seeding import derive_seed
 from models.decoding import DecodingConfig
 from rl.audit import audit
-from rl.checkpoint import Checkpoints, read_state
+from rl.checkpoint import Checkpoints, RunState, read_state
+from rl.inflight import read_batches
 from rl.ledger import LEDGER_FILE, Ledger
 from rl.loop import Loop
 from rl.protocol import LoopPlan
+from rl.saving import Saver
 
 GREEDY = DecodingConfig(gen_length=8, temperature=0.0)
 
@@ -94,11 +96,12 @@ class FakeCluster:
         self.say("evaluate")
         return done([Group(p, (scored(self.group(p).rollouts[0]),)) for p in problems])
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Future[Any]:
         self.say("save")
         (folder / "policy").write_text(str(self.weights))
+        return done({})
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, version: int | None = None) -> None:
         self.say("load")
         self.weights = int((folder / "policy").read_text())
 
@@ -128,19 +131,23 @@ def scored(rollout: Rollout) -> Rollout:
 @dataclass
 class Notebook:
     records: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    saves: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     interrupt_at: int | None = None
     sink: JsonlSink | None = None
 
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if any(name in metrics for name in ("timing_s/save", "checkpoint/failed")):
+            self.saves.append((step, dict(metrics)))
+            return
         self.records.append((step, dict(metrics)))
         if self.sink is not None:
             self.sink.log(metrics, step=step, stage="rl")
         if self.interrupt_at == step:
             raise KeyboardInterrupt
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 def batch(step: int) -> list[Problem]:
@@ -153,16 +160,16 @@ def make_loop(
     values: dict[str, Any] = {"steps": 3, "eval_decoding": GREEDY, "run_seed": 7}
     plan = LoopPlan(**(values | changes))
     monitor = Notebook(sink=JsonlSink(tmp_path / METRICS_FILE))
+    saver = Saver(Checkpoints(tmp_path, keep_last_n=5), cluster.save, monitor, checkpoint, 60.0)
     loop = Loop(
         cluster,
         batch,
         [Problem("t", "do")],
         plan,
-        Checkpoints(tmp_path, keep_last_n=5),
+        saver,
         Ledger(tmp_path / LEDGER_FILE, group_size=2),
         monitor,
         finish=lambda step: cluster.say(f"finish {step}"),
-        checkpoint=checkpoint,
     )
     return loop, monitor
 
@@ -237,6 +244,99 @@ def test_resume_goes_on_where_the_checkpoint_stopped(tmp_path: Path) -> None:
     assert again.weights == 4
     assert [c for c in again.calls if c.startswith("generate")] == ["generate 2", "generate 3"]
     assert [step for step, _ in monitor.records] == [3, 4]
+
+
+def test_scored_batches_are_not_rolled_out_again(tmp_path: Path) -> None:
+    """At staleness 2 two batches are ahead; the resumed run uses them as they were."""
+    cluster = FakeCluster()
+    loop, _ = make_loop(tmp_path, cluster, steps=9, save_every=3, max_staleness=2)
+    original = loop.saver.save
+
+    def save(state: RunState, in_flight: Any) -> None:
+        for _, future in in_flight:  # scored in their threads, at some time
+            future.result(60)
+        original(state, in_flight)
+        if state.step == 3:
+            raise KeyboardInterrupt
+
+    loop.saver.save = save  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    saved = tmp_path / "rl" / "global_step_3"
+    again = FakeCluster()
+    loop, monitor = make_loop(tmp_path, again, checkpoint=saved, steps=9, max_staleness=2)
+    assert list(read_batches(saved, batch)) == [3, 4]
+    loop.run()
+    assert [call for call in again.calls if call.startswith("generate")] == [
+        f"generate {step}" for step in range(5, 9)
+    ]
+    assert [call for call in again.calls if call.startswith("update")] == [
+        f"update {step}" for step in range(3, 9)
+    ]
+    assert [metrics["trained"] for _, metrics in monitor.records] == [4.0] * 6
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path) -> None:
+    class Full(FakeCluster):
+        full_at = 2
+
+        def save(self, folder: Path) -> Future[Any]:
+            if folder.name == f".global_step_{self.full_at}.tmp":
+                (folder / "half").write_text("written")
+                refused: Future[Any] = Future()
+                refused.set_exception(InfrastructureError("cannot write policy: No space left"))
+                return refused
+            return super().save(folder)
+
+    cluster = Full()
+    loop, monitor = make_loop(tmp_path, cluster, steps=3, save_every=1)
+    assert loop.run().step == 3
+    failures = {s: m["checkpoint/failed"] for s, m in monitor.saves if "checkpoint/failed" in m}
+    assert failures == {1: 0.0, 2: 1.0, 3: 0.0}
+    assert {step for step, metrics in monitor.saves if "timing_s/save" in metrics} == {1, 2, 3}
+    written = [metrics for _, metrics in monitor.saves if "timing_s/save_written" in metrics]
+    assert all(metrics["checkpoint/bytes"] > 0 for metrics in written)
+    (said,) = monitor.said
+    assert "step 2 was not saved" in said
+    assert "No space left" in said
+    assert f"training goes on, {tmp_path / 'rl' / 'global_step_1'} stays the last" in said
+    names = sorted(path.name for path in (tmp_path / "rl").iterdir())
+    assert names == ["global_step_1", "global_step_3", "latest"]
+
+
+def test_a_full_disk_at_the_last_step_is_an_error(tmp_path: Path) -> None:
+    """Nobody will try again: what was learned since the last save would be lost in silence."""
+
+    class Full(FakeCluster):
+        def save(self, folder: Path) -> Future[Any]:
+            raise OSError(28, "No space left on device")
+
+    loop, _ = make_loop(tmp_path, Full(), steps=1)
+    with pytest.raises(InfrastructureError, match=r"step 1 was not saved.*No space.*make room"):
+        loop.run()
+
+
+def test_training_goes_on_while_files_are_written(tmp_path: Path) -> None:
+    """The files of step 1 are done only after step 3 has begun; then they are reported once."""
+    files: Future[Any] = Future()
+
+    class Slow(FakeCluster):
+        def save(self, folder: Path) -> Future[Any]:
+            super().save(folder)
+            return files if "step_2" in folder.name else done({})
+
+        def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+            if step == 3:
+                assert Checkpoints(tmp_path).latest() is None
+                files.set_result({})
+            return super().update(groups, step)
+
+    cluster = Slow()
+    loop, monitor = make_loop(tmp_path, cluster, steps=4, save_every=2)
+    loop.run()
+    assert [call for call in cluster.calls if call == "save"] == ["save", "save"]
+    assert [s for s, m in monitor.saves if "timing_s/save_written" in m] == [2, 4]
+    assert Checkpoints(tmp_path).latest() == tmp_path / "rl" / "global_step_4"
 
 
 def test_interrupt_while_waiting_saves_at_once(tmp_path: Path) -> None:

@@ -182,6 +182,29 @@ def test_text_of_models_is_escaped(run: Path) -> None:
     assert "<b> & more" not in page
 
 
+def test_a_script_that_a_model_wrote_stays_text(run: Path) -> None:
+    evil = "</span></pre><script>alert('x')</script><img src=x onerror=alert(1)>"
+    sample = replace(
+        SAMPLE,
+        problem_id=evil,
+        prompt=evil,
+        text=evil,
+        tests=(evil, evil),
+        verdicts=("pass", evil),
+        tokens=("return", evil, evil),
+    )
+    for path in (run / "evaluations").glob("*.json"):
+        found = read_result(path)
+        write_result(run, replace(found, samples=(sample,) * len(found.samples)))
+    write_report(run)
+    page = (run / "report.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert "&lt;script&gt;alert" in page
+    assert tags.open == [] and tags.links == []
+    assert "script" not in tags.seen and "img" not in tags.seen
+
+
 def test_tokens_carry_their_step_and_share(run: Path) -> None:
     write_report(run)
     page = (run / "report.html").read_text()

@@ -41,6 +41,22 @@ def test_colours_follow_the_order() -> None:
     assert coloured([], ()).plain == ""
 
 
+def test_control_characters_give_the_terminal_no_orders() -> None:
+    pieces = ["\x1b]0;owned\x07", "\x1b[2J", "a\tb\n", "\r\x9b2J\x7f"]
+    assert coloured(pieces, (0, 1, 2, 3)).plain == "␛]0;owned␇␛[2Ja\tb\n␍\ufffd2J␡"
+
+
+def test_the_screen_shows_them_as_pictures(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: "\x1b[31m")
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system=None)
+    with Screen(console, tokenizer, 1, show_steps=False) as shown:
+        shown.show(Snapshot(0, (3, 4), 2, 2))
+    assert "␛[31m␛[31m" in out.getvalue() and "\x1b[31m" not in out.getvalue()
+
+
 def test_a_pipe_gets_text_as_blocks_finish(tokenizer: PreTrainedTokenizerFast) -> None:
     out = io.StringIO()
     seen = []

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import rl.train
-from common.errors import InfrastructureError
+from common.errors import InfrastructureError, UserError
+from common.integrity import find_damage
 from common.metrics import read_metrics
 from common.progress import SilentProgress
 from models.checkpoint import load_checkpoint, new_model, save_checkpoint
+from models.outline import load_outline
 from models.spec import DiffusionSpec
 from models.tokenizer import train_tokenizer
 from rl.audit import audit
-from rl.checkpoint import Checkpoints
+from rl.checkpoint import Checkpoints, RunState
 from rl.config import load_train_config
+from rl.origin import Origin
 from rl.train import prepare
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "rl"
@@ -113,7 +117,7 @@ class Notes:
     def log(self, values: Mapping[str, float], *, step: int, stage: str) -> None:
         assert stage == "rl"
         self.records.append((step, dict(values)))
-        if step == self._stop_at and "eval/pass@1" not in values:
+        if step == self._stop_at and "policy/loss" in values:
             raise KeyboardInterrupt
 
     def close(self) -> None:
@@ -282,10 +286,20 @@ def other_tokenizer(folder: Path) -> list[str]:
 
 
 def another_run_there(folder: Path) -> list[str]:
-    step = folder / "run" / "rl" / "global_step_2"
-    step.mkdir(parents=True)
-    state = {"step": 2, "policy_version": 1, "run_seed": 99, "code_version": "", "pending": []}
-    (step / "state.json").write_text(json.dumps(state))
+    Checkpoints(folder / "run").save(RunState(2, 1, run_seed=99), lambda folder: None)
+    return []
+
+
+def another_model_there(folder: Path) -> list[str]:
+    """The checkpoint of a run whose model had other blocks."""
+    config = load_train_config(folder / "config.yaml")
+    other = Path(shutil.copytree(config.model.path, folder / "other"))
+    spec = DiffusionSpec.load(other)
+    replace(spec, block_size=8).save(other)
+    origin = Origin.of(config.model_dump(mode="json"), load_outline(other), [])
+    Checkpoints(config.run.path, origin=origin).save(
+        RunState(2, 1, run_seed=1), lambda folder: None
+    )
     return []
 
 
@@ -319,6 +333,7 @@ def override(text: str) -> Callable[[Path], list[str]]:
         (no_diffusion_json, "diffusion.json"),
         (other_tokenizer, "mixes two checkpoints"),
         (another_run_there, "run.seed=99"),
+        (another_model_there, "checkpoint of another model (block_size=8"),
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""),
 )
@@ -354,7 +369,43 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(config_file: Path) -> None:
     assert result.exit_code == 2, result.output
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("unmask: ")
-    assert "global_step_2: cannot be loaded" in last
+    assert "global_step_2 is damaged (policy/torch_engine.pt has 100 bytes" in last
+    assert "no earlier checkpoint is sound" in last
+
+
+def test_a_damaged_checkpoint_gives_way_and_the_end_is_the_same(config_file: Path) -> None:
+    """Said aloud; and exactly the run that never was damaged."""
+    config = load_train_config(config_file)
+    prepare(config).run(Notes(), SilentProgress())
+    expected = weights(config.run.path / "rl" / "hf")
+    shutil.rmtree(config.run.path / "rl" / "hf")
+    engine = config.run.path / "rl" / "global_step_4" / "policy" / "torch_engine.pt"
+    content = bytearray(engine.read_bytes())
+    content[len(content) // 2] ^= 16
+    engine.write_bytes(content)
+    result = invoke("--config", config_file)
+    assert result.exit_code == 0, result.output
+    assert "global_step_4 is damaged (policy/torch_engine.pt: its checksum" in result.stdout
+    assert "going back to" in result.stdout
+    assert "resuming from" in result.stdout
+    found = weights(config.run.path / "rl" / "hf")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert find_damage(config.run.path / "rl" / "global_step_4") is None
+
+
+def test_what_a_resume_changes_is_said(config_file: Path) -> None:
+    deepspeed = ["engine={kind: deepspeed, zero_stage: 1}", "train={steps: 1}"]
+    config = load_train_config(config_file, deepspeed)
+    prepare(config).run(Notes(), SilentProgress())
+    assert prepare(config).remarks == ()
+    ranks = ["cluster={kind: ray, learner: {ranks: 2}}", "optim.lr=2e-3"]
+    job = prepare(load_train_config(config_file, [*deepspeed, *ranks]))
+    assert job.remarks == (
+        "settings changed since the checkpoint: optim.lr 0.001 -> 0.002",
+        "saved by 1 learner ranks, goes on with 2 (its shards are converted first)",
+    )
+    with pytest.raises(UserError, match="kind=deepspeed, this run has kind=torch"):
+        prepare(load_train_config(config_file))
 
 
 def test_a_lost_export_is_made_again(config_file: Path) -> None:

@@ -390,7 +390,7 @@ def test_optimizer_state_survives_a_resume(tmp_path: Path, refresh: int) -> None
     expected = run(updater(straight, **config), range(4))
     first = updater(Spy(denoiser()), **config)
     run(first, range(2))
-    first.save(tmp_path)
+    first.snapshot(tmp_path).write()
     second = Spy(denoiser(seed=99))
     resumed = updater(second, **config)
     resumed.load(tmp_path)
@@ -401,7 +401,7 @@ def test_optimizer_state_survives_a_resume(tmp_path: Path, refresh: int) -> None
 
 
 def test_a_checkpoint_without_the_refreshed_reference_is_refused(tmp_path: Path) -> None:
-    updater(Spy(denoiser()), beta=0.1).save(tmp_path)
+    updater(Spy(denoiser()), beta=0.1).snapshot(tmp_path).write()
     with pytest.raises(UserError, match="reference_refresh_steps"):
         updater(Spy(denoiser()), beta=0.1, reference_refresh_steps=3).load(tmp_path)
 

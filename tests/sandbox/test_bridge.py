@@ -353,7 +353,7 @@ messages = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(some_frames | messages | long_frames | st.binary(max_size=30), max_size=30))
 def test_no_bytes_do_anything_but_end_the_bridge(parts):
     before = len(os.listdir("/proc/self/fd"))

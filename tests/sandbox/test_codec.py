@@ -40,7 +40,7 @@ def same(left, right):
     return type(left) is type(right) and left == right and repr(left) == repr(right)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(VALUES)
 def test_round_trip(value):
     crossed = cross(value)
@@ -129,7 +129,7 @@ def test_malformed_nodes(node):
         CODEC.decode(node, Table())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.binary(max_size=60) | st.text(alphabet='[]{}",0123456789ldstrqyCODiFMgbcz.e-', max_size=40)
 )

@@ -66,7 +66,7 @@ def test_save_and_load_continue_exactly(
 ) -> None:
     straight, straight_store = learner(make_config())
     straight.update(scored_groups, 0)
-    straight.save(tmp_path / "step")
+    straight.save(tmp_path / "step").result(60)
     resumed, resumed_store = learner(make_config())
     resumed.load(tmp_path / "step")
     assert resumed.update(scored_groups, 1) == straight.update(scored_groups, 1)

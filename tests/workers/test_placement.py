@@ -21,7 +21,7 @@ from workers import nodes
 from workers.fitting import Want
 from workers.health import WorkerFailed
 from workers.nodes import Reservation, check_fits, connect
-from workers.placement import Actor, Remote, find, is_secret, launch, ray, wait
+from workers.placement import Actor, Remote, find, launch, ray, wait
 
 
 class Parrot:
@@ -101,23 +101,6 @@ def test_object_store_grows_with_the_model() -> None:
     assert nodes._object_store(4_000_000) == nodes.MIN_OBJECT_STORE
     weights = 100 * nodes.MIB
     assert nodes._object_store(weights) == 4 * weights + 100 * nodes.MIB
-
-
-@pytest.mark.parametrize(
-    ("name", "secret"),
-    [
-        ("HF_TOKEN", True),
-        ("WANDB_API_KEY", True),
-        ("AWS_SECRET_ACCESS_KEY", True),
-        ("OPENAI_API_KEY", True),
-        ("db_password", True),
-        ("PATH", False),
-        ("OMP_NUM_THREADS", False),
-        ("RAY_AUTH_TOKEN_PATH", False),  # Ray's own processes need it to talk
-    ],
-)
-def test_secret_names(name: str, secret: bool) -> None:
-    assert is_secret(name) is secret
 
 
 # With Ray
