@@ -38,7 +38,7 @@ from models.tokenizer import encode_prompt  # noqa: E402
 from rewards.compose import Rewarder  # noqa: E402
 from rl.config import load_train_config  # noqa: E402
 from rl.data import load_problems  # noqa: E402
-from rl.estimates import paired_difference, pass_at_1  # noqa: E402
+from rl.estimates import difference, pass_at_1, pass_rates  # noqa: E402
 
 Row = dict[str, Any]
 PAD, EOS, MASK = 0, 1, 2
@@ -243,7 +243,8 @@ class Judged:
 def pass_row(case: str, ours: list[Group], reference: list[Group]) -> Row:
     """pass@1 with its interval, and the difference, resampled in pairs."""
     one, other = pass_at_1(ours), pass_at_1(reference)
-    paired, ratio = paired_difference(reference, ours), one.value / max(other.value, 1e-9)
+    paired = difference(pass_rates(reference), pass_rates(ours))
+    ratio = one.value / max(other.value, 1e-9)
     return row(case, "pass@1", "share", one.value, other.value, ratio) | {
         "interval": [round(one.low, 4), round(one.high, 4)],
         "minus_reference": [round(v, 4) for v in (paired.value, paired.low, paired.high)],

@@ -12,3 +12,7 @@ class UserError(Exception):
 
 class InfrastructureError(Exception):
     """A process, device or file system failed after its retries. Carries the root cause."""
+
+
+class LearnerLost(InfrastructureError):
+    """A rank of the learner died or hangs. The run can go on from its last checkpoint."""

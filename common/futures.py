@@ -8,6 +8,7 @@ from typing import TypeVar
 from common.errors import InfrastructureError
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 def in_thread(work: Callable[[], T], name: str) -> Future[T]:
@@ -22,6 +23,20 @@ def in_thread(work: Callable[[], T], name: str) -> Future[T]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
+
+
+def then(future: Future[S], work: Callable[[S], T]) -> Future[T]:
+    """`work` of the result, in the thread that has it; of an exception, the exception."""
+    out: Future[T] = Future()
+
+    def pass_on(done: Future[S]) -> None:
+        try:
+            out.set_result(work(done.result()))
+        except BaseException as error:  # handed to whoever asks the future
+            out.set_exception(error)
+
+    future.add_done_callback(pass_on)
+    return out
 
 
 def result_of(future: Future[T], what: str, timeout_s: float, limit: str) -> T:

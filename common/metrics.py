@@ -64,7 +64,7 @@ class JsonlSink:
 
     def __init__(self, path: Path) -> None:
         private_folder(path.parent)
-        _end_last_line(path)
+        end_last_line(path)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def log(self, values: Mapping[str, float], *, step: int, stage: str) -> None:
@@ -212,7 +212,7 @@ def open_metrics(
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a `metrics.jsonl`, oldest first; [] if there is none yet.
+    """All records of a `metrics.jsonl` (or another JSONL file), oldest first; [] if there is none.
 
     A last line that a killed process left unfinished is skipped.
 
@@ -248,7 +248,7 @@ def series(records: Sequence[Mapping[str, Any]], stage: str, name: str) -> dict[
     return dict(sorted(found.items()))
 
 
-def _end_last_line(path: Path) -> None:
+def end_last_line(path: Path) -> None:
     """Drop what a killed process left behind the last line end, so that appending stays clean."""
     if not path.is_file():
         return

@@ -62,11 +62,14 @@ class _TargetLogps(torch.autograd.Function):
             targets.shape, -torch.inf, dtype=_exact(hidden.dtype), device=hidden.device
         )
         chosen = torch.zeros_like(total)
+        room = _Room(hidden, weight, bias)
         for start, stop in _slices(targets, len(weight)):
-            logits = _logits(hidden, weight, bias, start, stop)
+            logits = room.logits(start, stop)
             here, column = _inside(targets, start, stop)
             chosen[here] = logits[here, column]
-            total = torch.logaddexp(total, logits.logsumexp(-1))
+            highest = logits.amax(-1)
+            summed = logits.sub_(highest[:, None]).exp_().sum(-1).log_().add_(highest)
+            total = torch.logaddexp(total, summed)
         ctx.save_for_backward(hidden, weight, bias, targets, total)
         return chosen - total
 
@@ -77,10 +80,10 @@ class _TargetLogps(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=total.dtype) if wanted[0] else None
         grad_weight = torch.empty_like(weight) if wanted[1] else None
         grad_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
+        room = _Room(hidden, weight, bias)
         for start, stop in _slices(targets, len(weight)):
             # d logp / d logits = onehot - softmax, times the token's own gradient.
-            slope = _logits(hidden, weight, bias, start, stop)
-            slope = slope.sub_(total[:, None]).exp_().mul_(-grad[:, None])
+            slope = room.logits(start, stop).sub_(total[:, None]).exp_().mul_(-grad[:, None])
             here, column = _inside(targets, start, stop)
             slope[here, column] += grad[here]
             if grad_bias is not None:
@@ -98,9 +101,28 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
-    part = None if bias is None else bias[start:stop]
-    return nn.functional.linear(hidden, weight[start:stop], part).to(_exact(hidden.dtype))
+class _Room:
+    """One piece of memory for the logits of all slices, which take turns in it.
+
+    Allocated anew, every slice would be fresh pages, or holes in the heap, of several MiB.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self._layer = hidden, weight, bias
+        self._memory = hidden.new_empty(0, dtype=_exact(hidden.dtype))
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """Logits [N, stop - start] of a slice; the next call writes over them."""
+        hidden, weight, bias = self._layer
+        shape = len(hidden), stop - start
+        if self._memory.numel() < shape[0] * shape[1]:
+            self._memory = self._memory.new_empty(shape[0] * shape[1])
+        logits = self._memory[: shape[0] * shape[1]].view(shape)
+        part = None if bias is None else bias[start:stop]
+        if logits.dtype != hidden.dtype:
+            return logits.copy_(nn.functional.linear(hidden, weight[start:stop], part))
+        torch.mm(hidden, weight[start:stop].T, out=logits)
+        return logits if part is None else logits.add_(part)
 
 
 def _slices(targets: Tensor, vocabulary: int) -> Iterator[tuple[int, int]]:

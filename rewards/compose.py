@@ -177,7 +177,6 @@ class Rewarder:
             self.weigh(sample, {name: outcomes[name][i] for name in outcomes})
             for i, sample in enumerate(samples)
         ]
-        self._check_failures(scores)
         remaining = iter(scores)
         scored = [
             dataclasses.replace(
@@ -188,6 +187,7 @@ class Rewarder:
             )
             for group in groups
         ]
+        check_failures(scored, self._config.max_failed_share)
         return Scored(scored, sums)
 
     def prepare(self, groups: Sequence[Group]) -> tuple[list[Sample], dict[str, float]]:
@@ -298,16 +298,22 @@ class Rewarder:
             error="\n".join(errors) if errors else None,
         )
 
-    def _check_failures(self, scores: Sequence[Score]) -> None:
-        errors = [score.error for score in scores if score.error is not None]
-        share = len(errors) / len(scores) if scores else 0.0
-        if errors:
-            _LOG.warning("%d of %d samples dropped: %s", len(errors), len(scores), errors[0])
-        if share > self._config.max_failed_share:
-            raise InfrastructureError(
-                f"{len(errors)} of {len(scores)} samples could not be scored "
-                f"(max_failed_share {self._config.max_failed_share:g}); the first: {errors[0]}"
-            )
+
+def check_failures(groups: Sequence[Group], max_failed_share: float) -> None:
+    """Stop a run whose rewards fail, over a whole batch: a part of it may be unlucky.
+
+    Raises:
+        InfrastructureError: more than `max_failed_share` of the scored samples have no score.
+    """
+    scores = [r.score for group in groups for r in group.rollouts if r.score is not None]
+    errors = [score.error for score in scores if score.error is not None]
+    if errors:
+        _LOG.warning("%d of %d samples dropped: %s", len(errors), len(scores), errors[0])
+    if errors and len(errors) / len(scores) > max_failed_share:
+        raise InfrastructureError(
+            f"{len(errors)} of {len(scores)} samples could not be scored "
+            f"(max_failed_share {max_failed_share:g}); the first: {errors[0]}"
+        )
 
 
 def _make(section: RewardSection) -> Builtin | Plugin:

@@ -7,6 +7,7 @@ rank works out the same plan by itself and no rank needs to ask another.
 import statistics
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from common.records import Completion, Group, Rollout, Score
 from common.seeding import derive_seed
@@ -16,6 +17,9 @@ from rl.advantage import Advantages, Baseline, group_advantages
 from rl.estimates import distinct_shares
 
 AR_NESS_K = (1, 2, 4, 8)
+
+# What became of a sample: trained on, or why not.
+Fate = Literal["trained", "stale", "no_score", "no_spread", "too_few", "empty"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,7 @@ def make_batch(groups: List[Group], kind: Baseline, scale_by_std: bool) -> Batch
     samples: list[Sample] = []
     outcomes: list[Advantages] = []
     for group in groups:
-        rewards = [r.score.total if r.score is not None else None for r in group.rollouts]
-        outcome = group_advantages(rewards, kind, scale_by_std)
+        outcome = group_advantages(_rewards(group), kind, scale_by_std)
         outcomes.append(outcome)
         for rollout, advantage in zip(group.rollouts, outcome.values, strict=True):
             if advantage is not None and rollout.completion.token_ids:
@@ -80,6 +83,25 @@ def make_batch(groups: List[Group], kind: Baseline, scale_by_std: bool) -> Batch
         groups_too_few=sum(outcome.state == "too_few" for outcome in outcomes),
         samples_missing=sum(outcome.missing for outcome in outcomes),
     )
+
+
+def fates(group: Group) -> list[Fate]:
+    """What `make_batch` does with each sample of a group, whatever the baseline."""
+    rewards = _rewards(group)
+    state = group_advantages(rewards).state
+    found: list[Fate] = []
+    for rollout, reward in zip(group.rollouts, rewards, strict=True):
+        if reward is None:
+            found.append("no_score")
+        elif state != "kept":
+            found.append(state)
+        else:
+            found.append("trained" if rollout.completion.token_ids else "empty")
+    return found
+
+
+def _rewards(group: Group) -> list[float | None]:
+    return [r.score.total if r.score is not None else None for r in group.rollouts]
 
 
 def _sample(rollout: Rollout, advantage: float) -> Sample:

@@ -1,8 +1,8 @@
 """The command `unmask`. Options and help only: each command imports its room when it is called.
 
 So `unmask --help` answers at once, without torch. Exit codes: 0, 2 for bad input, 3 for a broken
-machine, 130 for Ctrl-C; 1 if a line of `doctor` fails, a sample of `reward check`, or a run that
-`plan` was asked about does not fit.
+machine, 130 for Ctrl-C; 1 if a line of `doctor` fails, a sample of `reward check`, a run that
+`audit` reads does not add up, or one that `plan` was asked about does not fit.
 """
 
 import os
@@ -13,6 +13,8 @@ import typer
 
 from common.errors import UserError
 from common.exits import exit_codes
+from rl.cli_operate import app as operate_app
+from rl.cli_operate import example
 
 # Idle OpenMP threads sleep: spinning, they halt every other program on a busy machine. OpenMP reads
 # this when torch is loaded, so here is the place.
@@ -28,6 +30,7 @@ app = typer.Typer(
 )
 problems_app = typer.Typer(help="The embedded problem set.", no_args_is_help=True)
 reward_app = typer.Typer(help="Reward functions.", no_args_is_help=True)
+app.add_typer(operate_app)
 app.add_typer(problems_app, name="problems")
 app.add_typer(reward_app, name="reward")
 
@@ -38,11 +41,6 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="check and print the resolved config, start nothing")
 ]
 RL_CONFIG = Path("configs/rl/tiny_cpu.yaml")
-
-
-def example(*lines: str) -> str:
-    """The epilogue of a help page. Backslashes keep the lines apart."""
-    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{line}[/cyan]" for line in lines)
 
 
 @app.command(

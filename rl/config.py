@@ -67,30 +67,55 @@ class RolloutConfig(Section):
     decoding: DecodingConfig
 
 
-class PoolConfig(Section):
-    """A pool of like workers: between `min` and `max` of them, each with these resources."""
+class WorkerConfig(Section):
+    """What each worker of a role is given.
+
+    resources: of Ray's custom ones, by name. labels: that its node must have. Both are whatever
+        `ray start --resources, --labels` said of the nodes.
+    threads: of torch.
+    """
+
+    num_cpus: float = Field(default=1, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict)
+    threads: int = Field(default=1, ge=1)
+
+
+class PoolConfig(WorkerConfig):
+    """A pool of like workers, anywhere in the cluster. It starts with `min` of them.
+
+    max: how far autoscaling may go; an operator's `unmask scale` may go further.
+    piece: groups that are handed to a worker at once, at least; larger pieces keep its batch full,
+        smaller ones let others help a slow one.
+    """
 
     min: int = Field(default=1, ge=1)
     max: int = Field(default=1, ge=1)
-    num_cpus: float = Field(default=1, ge=0)
-    num_gpus: float = Field(default=0, ge=0)
-    threads: int = Field(default=1, ge=1)
+    piece: int = Field(default=1, ge=1)
 
 
-class LearnerConfig(Section):
-    """The gang of learner ranks, each with these resources."""
+class LearnerConfig(WorkerConfig):
+    """The gang of learner ranks.
+
+    placement: pack (as few nodes as possible), spread, or strict_spread (each on its own node).
+    """
 
     ranks: int = Field(default=1, ge=1)
-    num_cpus: float = Field(default=1, ge=0)
-    num_gpus: float = Field(default=0, ge=0)
-    threads: int = Field(default=1, ge=1)
+    placement: Literal["pack", "spread", "strict_spread"] = "pack"
 
 
 class ClusterConfig(Section):
     """Where the workers live. `local`: all in this process; `ray`: actors.
 
     address: of a running Ray cluster; None uses RAY_ADDRESS, or starts one here.
+    autoscale: add and remove rollout workers between their `min` and `max`, as the learner waits
+        for them or they for it.
     timeout_s: longest wait for any one answer of a worker.
+    heartbeat_s: how often every worker is asked for a sign of life.
+    dead_after_s: who is silent for so long is replaced; a dead process is noticed at once.
+    max_failures, failure_window_s: so many failures of one worker, or over one piece of work,
+        within so many seconds and without a finished step between stop the run.
     weights: `object_store`: rollout workers pull new weights when they next work; `broadcast`: idle
         ones also receive them while they are published (NCCL between GPUs, else gloo). A busy one
         is waited for some seconds and then pulls: for max_staleness 0.
@@ -104,7 +129,12 @@ class ClusterConfig(Section):
     rollout: PoolConfig = PoolConfig()
     reward: PoolConfig = PoolConfig()
     learner: LearnerConfig = LearnerConfig()
+    autoscale: bool = False
     timeout_s: float = Field(default=600.0, gt=0)
+    heartbeat_s: float = Field(default=2.0, gt=0)
+    dead_after_s: float = Field(default=30.0, gt=0)
+    max_failures: int = Field(default=4, ge=1)
+    failure_window_s: float = Field(default=900.0, gt=0)
     weights: Literal["object_store", "broadcast"] = "object_store"
     wire: Literal["engine", "bf16"] = "engine"
 
@@ -207,6 +237,16 @@ def _impossible(config: TrainConfig) -> list[tuple[bool, str]]:
             config.engine.kind == "torch" and cluster.learner.ranks > 1,
             f"engine.kind=torch runs on 1 rank, not cluster.learner.ranks={cluster.learner.ranks}; "
             "set engine.kind=deepspeed",
+        ),
+        (
+            cluster.dead_after_s < 2 * cluster.heartbeat_s,
+            f"cluster.dead_after_s={cluster.dead_after_s:g} is less than two heartbeats; raise it, "
+            f"or lower cluster.heartbeat_s={cluster.heartbeat_s:g}",
+        ),
+        (
+            cluster.autoscale and cluster.rollout.min == cluster.rollout.max,
+            f"cluster.autoscale has nothing to choose: cluster.rollout.min and max are both "
+            f"{cluster.rollout.max}",
         ),
         (
             cluster.kind == "local" and cluster.weights == "broadcast",

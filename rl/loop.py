@@ -8,42 +8,52 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from threading import Thread
 from typing import Any
 
-from common.errors import InfrastructureError
+from common.errors import LearnerLost
+from common.futures import in_thread, result_of
 from common.records import Problem, Scored
 from common.seeding import derive_seed
 from rl.batch import drop_stale, rollout_metrics
-from rl.checkpoint import RunState, interrupt_deferred
+from rl.checkpoint import RunState, interrupt_deferred, read_state
 from rl.estimates import evaluation_metrics
-from rl.inflight import Batches, Flight, taken_up
+from rl.inflight import Flight, read_batches, taken_up
+from rl.ledger import Ledger
 from rl.protocol import Cluster, LoopPlan, Monitor
 from rl.saving import Saver
 
 
 @dataclass
 class Loop:
-    """One run. `state` says how far it is; `run` goes on from there to `plan.steps`."""
+    """One run. `run` goes on from the saver's newest checkpoint, or from nothing."""
 
     cluster: Cluster
     batch: Callable[[int], Sequence[Problem]]  # of a step: a pure function (`rl.data`)
     test: Sequence[Problem]
     plan: LoopPlan
     saver: Saver
+    ledger: Ledger
     monitor: Monitor
-    state: RunState
-    scored: Batches = field(default_factory=dict)  # batches of a checkpoint that need no rollout
+    finish: Callable[[int], None]  # called once with the last step, while the workers live
 
     def run(self) -> RunState:
-        """Train to the last step. Ctrl-C saves what is finished before it is passed on."""
-        plan, self.updating, self.saved = self.plan, False, self.state.step
+        """Train to the last step. Ctrl-C saves what is finished before it is passed on.
+
+        A learner that dies takes the run back to its last checkpoint, not to its end.
+        """
+        loss: LearnerLost | None = None
+        while True:
+            try:
+                return self._run(loss)
+            except LearnerLost as error:
+                loss = error
+
+    def _run(self, loss: LearnerLost | None) -> RunState:
+        plan, self.updating = self.plan, False
         self.in_flight: deque[Flight] = deque()
-        self.state = replace(self.state, policy_version=self.cluster.sync_weights())
-        steps = range(self.state.step, plan.steps)
-        self.in_flight.extend(taken_up(self.scored, self.batch, steps))
+        self._start(loss)
         try:
             if plan.eval_at_start and self.state.step == 0:
                 self._evaluate()
@@ -59,6 +69,7 @@ class Loop:
                 if last or (plan.save_every and self.state.step % plan.save_every == 0):
                     self._save()
             self.saver.finish(must=True)
+            self.finish(self.state.step)
             return self.state
         except KeyboardInterrupt:
             if not self.updating and self.saved != self.state.step:
@@ -66,20 +77,40 @@ class Loop:
             self.saver.finish(must=True)
             raise
 
+    def _start(self, loss: LearnerLost | None) -> None:
+        """Where the newest checkpoint stopped, with its weights served."""
+        self.saver.finish()
+        checkpoint, seed = self.saver.newest, self.plan.run_seed
+        self.state = read_state(checkpoint, seed) if checkpoint else RunState(0, 0, seed)
+        self.saved, step = self.state.step, self.state.step
+        scored, cause = {}, "resume" if checkpoint else "start"
+        if loss is not None:  # versions go on counting, so what was in flight is too old
+            cause = f"learner lost: {loss}"
+            self.monitor.say(f"{loss}; the learner starts anew and goes on from step {step}")
+            self.cluster.recover(checkpoint)
+        elif checkpoint is not None:
+            scored = read_batches(checkpoint, self.batch)
+            self.cluster.load(checkpoint, self.state.policy_version)
+        self.life = self.ledger.begin(step, cause)
+        self.state = replace(self.state, policy_version=self.cluster.sync_weights())
+        self.in_flight.extend(taken_up(scored, self.batch, range(step, self.plan.steps)))
+        for number, (problems, future) in enumerate(self.in_flight, start=step):
+            self.life.taken_up(number, problems, future.result().groups)
+
     def _submit(self, step: int) -> None:
-        """Generate, then score at once: beside the learner, in a thread that no exit waits for."""
-        problems, future = self.batch(step), Future[Scored]()
+        """Generate, then score at once, beside the learner."""
+        problems, life = self.batch(step), self.life
         seed = derive_seed(self.plan.run_seed, "rollout", step)
+        life.planned(step, problems)
 
-        def roll() -> None:
-            try:
-                groups = self._wait(self.cluster.generate(problems, seed), "generate", step)
-                future.set_result(self._wait(self.cluster.score(groups), "score", step))
-            except BaseException as error:  # handed to the main thread, which raises it
-                future.set_exception(error)
+        def roll() -> Scored:
+            groups = self._wait(self.cluster.generate(problems, seed), "generate", step)
+            life.generated(step, groups)
+            scored = self._wait(self.cluster.score(groups), "score", step)
+            life.scored(step, scored.groups)
+            return scored
 
-        self.in_flight.append((problems, future))
-        Thread(target=roll, name=f"rollouts-{step}", daemon=True).start()
+        self.in_flight.append((problems, in_thread(roll, f"rollouts-{step}")))
 
     def _train_step(self) -> None:
         step, clock = self.state.step, [time.monotonic()]
@@ -95,6 +126,7 @@ class Loop:
             clock.append(time.monotonic())
             self.in_flight.popleft()
             self.updating = False
+            self.life.settled(step, new.groups, fresh)
             spans = zip(("rollouts", "update", "sync"), pairwise(clock), strict=True)
             metrics |= {f"timing_s/{name}": after - before for name, (before, after) in spans}
             self.monitor.log(step + 1, metrics | new.sums | {"timing_s/step": clock[-1] - clock[0]})
@@ -111,8 +143,7 @@ class Loop:
         self.saved = self.state.step
 
     def _wait(self, future: Future[Any], what: str, step: int) -> Any:
-        try:  # later than the cluster's own limit, which can name the actor and its log
-            return future.result(2.5 * self.plan.timeout_s)
-        except TimeoutError as error:
-            text = f"{what} of step {step}: nothing in cluster.timeout_s={self.plan.timeout_s:g}"
-            raise InfrastructureError(f"{text}; see the logs under the run's logs/") from error
+        # Later than the cluster's own limit, which can name the actor and its log.
+        limit = self.plan.timeout_s
+        name, source = f"{what} of step {step}", f"cluster.timeout_s={limit:g}"
+        return result_of(future, name, 2.5 * limit, source)

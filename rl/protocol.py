@@ -29,7 +29,11 @@ class LoopPlan:
 
 
 class Cluster(Protocol):
-    """The processes that do the work."""
+    """The processes that do the work.
+
+    Rollout and reward workers that die are the cluster's own business. A learner that dies raises
+    `LearnerLost` from whatever was asked of it; then only `recover` and `close` make sense.
+    """
 
     def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]: ...
     def score(self, groups: Sequence[Group]) -> Future[Scored]: ...
@@ -44,6 +48,13 @@ class Cluster(Protocol):
 
     def load(self, folder: Path, version: int | None = None) -> None:
         """Restore it. The next `sync_weights` publishes as `version` (None: goes on counting)."""
+        ...
+
+    def recover(self, folder: Path | None) -> None:
+        """After `LearnerLost`: drop all work under way, start the learner anew, load `folder`.
+
+        None is the run's first weights. Call `sync_weights` before the next rollout.
+        """
         ...
 
     def export(self, folder: Path) -> None: ...

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from rl.config import TrainConfig, load_train_config
 from rl.data import ProblemStream, check_prompt_lengths, take_problems
 from rl.evaluate import check_decoding, greedy
 from rl.export import exported_step, mark_step
-from rl.inflight import read_batches
+from rl.ledger import LEDGER_FILE, Ledger
 from rl.loop import Loop
 from rl.origin import Origin
 from rl.protocol import Cluster, LoopPlan
@@ -87,7 +87,7 @@ class Job:
         if self.finished:
             self.say_finished(progress)
             return self.state
-        with closing(make_cluster(self.config)) as cluster:
+        with closing(make_cluster(self.config, progress.say)) as cluster:
             return self.run_on(cluster, sink, progress)
 
     def run_on(self, cluster: Cluster, sink: Sink, progress: Progress) -> RunState:
@@ -101,10 +101,7 @@ class Job:
             if self.resume_from is not None:
                 done = f"{self.state.step} of {steps} steps"
                 progress.say(f"resuming from {self.resume_from} ({done})")
-                cluster.load(self.resume_from, self.state.policy_version)
-            state = self._loop(cluster, _Monitor(sink, progress)).run()
-            _export(cluster, self.export_folder, state.step)
-        return state
+            return self._loop(cluster, _Monitor(sink, progress)).run()
 
     def _loop(self, cluster: Cluster, monitor: "_Monitor") -> Loop:
         config = self.config
@@ -119,11 +116,16 @@ class Job:
             timeout_s=config.cluster.timeout_s,
         )
         checkpoints = Checkpoints(config.run.path, config.train.keep_last_n, self.origin)
-        saver = Saver(checkpoints, cluster.save, monitor, self.resume_from, plan.timeout_s)
-        scored = (
-            {} if self.resume_from is None else read_batches(self.resume_from, self.stream.batch)
+        return Loop(
+            cluster,
+            self.stream.batch,
+            self.test,
+            plan,
+            Saver(checkpoints, cluster.save, monitor, self.resume_from, plan.timeout_s),
+            Ledger(config.run.path / LEDGER_FILE, config.rollout.group_size),
+            monitor,
+            finish=lambda step: _export(cluster, self.export_folder, step),
         )
-        return Loop(cluster, self.stream.batch, self.test, plan, saver, monitor, self.state, scored)
 
 
 class _Monitor:
@@ -206,15 +208,19 @@ def _check_prompts(
         check_decoding(outline, config.rollout.decoding, prompts, dtype)
 
 
-def make_cluster(config: TrainConfig) -> Cluster:
-    """The workers of `config.cluster.kind`; Ray is imported only if it is used."""
+def make_cluster(config: TrainConfig, say: Callable[[str], None]) -> Cluster:
+    """The workers of `config.cluster.kind`; Ray is imported only if it is used.
+
+    Args:
+        say: hears which worker died and what is done about it.
+    """
     if config.cluster.kind == "local":
         from workers.local import LocalCluster
 
         return LocalCluster(config)
     from workers.cluster import RayCluster
 
-    return RayCluster(config)
+    return RayCluster(config, say=say)
 
 
 def _write_config(config: TrainConfig) -> None:
@@ -287,7 +293,7 @@ def _train(job: Job, progress: Progress) -> None:
     config = job.config
     values = config.model_dump(mode="json")
     with (
-        closing(make_cluster(config)) as cluster,
+        closing(make_cluster(config, progress.say)) as cluster,
         open_metrics(config.run.path, config.metrics, progress.say, values) as sink,
     ):
         job.run_on(cluster, sink, progress)

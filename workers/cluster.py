@@ -1,38 +1,43 @@
 """The workers as Ray actors, behind the same protocol as `workers.local`. Not the loop.
 
-Rollout and reward workers restart when they die, pull the newest weights, and repeat what they
-were doing with the same seeds. The ranks of the learner are one gang: if one dies, the run ends and
-resumes from its checkpoint. Weights go through the object store, never through the driver.
+Rollout and reward workers are two crews: who dies or hangs is replaced, its work is done by another
+with the same seeds. The ranks of the learner are a gang: one lost rank takes all of them back to
+the last checkpoint. Weights go through the object store, never through the driver.
 """
 
-import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from common.errors import InfrastructureError
+from common.errors import InfrastructureError, UserError
+from common.futures import in_thread, result_of, then
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
 from models.state_files import Written
-from rl.config import LearnerConfig, PoolConfig, TrainConfig
-from workers.broadcast import BroadcastWeightStore, Patience
-from workers.learner import LearnerPlan, LearnerWorker, wire_dtype
-from workers.placement import Actor, check_fits, connect, launch, ray, wait
-from workers.ray_weights import WEIGHTS, Line, RayWeightStore, node_address
-from workers.reward import RewardWorker, join
-from workers.rollout import RolloutWorker, rollout_dtype
-from workers.roster import Roster
-from workers.shelf import WeightShelf
-from workers.weights import INITIAL_VERSION, KEEP_VERSIONS, WeightStore
+from rewards.compose import check_failures
+from rl.config import TrainConfig
+from workers.autoscale import Autoscaler
+from workers.catalogue import Catalogues
+from workers.control import CONTROL, ControlDesk, Pace, Reporter
+from workers.crew import Crew
+from workers.gang import Gang
+from workers.health import CrashWatch, Limits
+from workers.launcher import Launcher, wants
+from workers.learner import wire_dtype
+from workers.nodes import check_fits, connect
+from workers.operator import forget_place, write_place
+from workers.placement import Remote, ray
+from workers.pool import cut
+from workers.reward import join
+from workers.slot import Worker
+from workers.weights import INITIAL_VERSION
 from workers.wire import version_bytes
 
-T = TypeVar("T")
-ROSTER = "roster"
-CLOSE_TIMEOUT_S = 3.0
+FAILURES_FILE = "failures.log"
 # Files of a checkpoint may take longer than any one answer.
 SAVE_TIMEOUTS, SAVE_POLL_S = 6.0, 0.1
 
@@ -41,26 +46,41 @@ class RayCluster:
     """A `rl.protocol.Cluster` of Ray actors.
 
     Args:
-        config: the run. Logs go to `<run>/logs/<role>-<i>.log`; `pids` maps `<role>-<i>` to the
-            process that started under this name.
+        config: the run. Logs go to `<run>/logs/<role>-<i>.log`.
         with_learner: False starts no learner; only `generate`, `score` and `evaluate` work.
+        say: hears who died and what is done about it, one line each.
 
     Raises:
         UserError: no cluster at the address, too few resources, or a worker's bad input.
         InfrastructureError: a worker did not start.
     """
 
-    def __init__(self, config: TrainConfig, with_learner: bool = True) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        with_learner: bool = True,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._config = config
-        self._timeout_s = config.cluster.timeout_s
+        cluster = config.cluster
+        self._timeout_s = cluster.timeout_s
+        self._limits = Limits(cluster.heartbeat_s, cluster.dead_after_s, cluster.timeout_s)
+        failures = config.run.path.resolve() / "logs" / FAILURES_FILE
+        self._watch = CrashWatch(cluster.max_failures, cluster.failure_window_s, failures)
+        self._say = say
         self._version = INITIAL_VERSION
+        self._updated = False
         self._name = f"unmask-{config.run.name}-{uuid.uuid4().hex[:8]}"
-        self._actors: list[Actor] = []
-        self._learners: list[Actor] = []
-        self._rollouts: list[Actor] = []
-        self._rewards: list[Actor] = []
-        self.pids: dict[str, int] = {}
+        self._catalogues: Catalogues | None = None
+        self._gang: Gang | None = None
+        self._reporter: Reporter | None = None
+        self._pace = Pace()
+        self._step: int | None = None
+        pool = cluster.rollout
+        self._autoscaler = Autoscaler(pool.min, pool.max) if cluster.autoscale else None
+        self._crews: list[Crew] = []
         self._owns_ray = False
+        self._launcher: Launcher | None = None
         try:
             self._launch(with_learner)
         except BaseException:
@@ -68,109 +88,144 @@ class RayCluster:
             raise
 
     def _launch(self, with_learner: bool) -> None:
-        wanted = _resources(self._config, with_learner)
+        wanted = wants(self._config, with_learner)
         folder = Path(self._config.model.path).resolve()
         weight_bytes = version_bytes(folder, wire_dtype(self._config))
-        cpus = sum(pool["CPU"] for pool in wanted.values())
+        cpus = sum(want.count * want.each["CPU"] for want in wanted)
         self._owns_ray = connect(self._config.cluster.address, cpus, weight_bytes)
         check_fits(wanted)
-        self._weights = self._start_store()
+        start = self._launcher = Launcher(self._config, self._name, self._owns_ray)
+        patience = self._limits.dead_after_s
+        self._catalogues = Catalogues(
+            start.catalogue, start.catalogues, self._watch, patience, self._say
+        )
         # All start at once: most of a start is importing torch.
-        self._learners = self._start_learners() if with_learner else []
-        self._rollouts = self._start_rollouts()
-        self._rewards = self._start_rewards()
         if with_learner:
-            self._start_gang()
-        pids = wait([actor.ask("ready") for actor in self._actors], self._timeout_s)
-        self.pids = {actor.name: pid for actor, pid in zip(self._actors, pids, strict=True)}
+            self._gang = Gang(start.ranks, self._meet, self._limits, self._watch)
+        pools = self._config.cluster
+        self._rollouts = self._crew("rollout", start.rollout, pools.rollout.min)
+        self._rewards = self._crew("reward", start.reward, pools.reward.min, closes=True)
+        ready = [crew.open() for crew in self._crews]
+        if self._gang is not None:
+            self._gang.meet()
+        # Longer than the crews themselves wait for a worker: they can say which.
+        for crew, future in zip(self._crews, ready, strict=True):
+            limit = f"four times cluster.timeout_s={self._timeout_s:g}"
+            result_of(future, f"starting {crew.role} workers", 4 * self._timeout_s, limit)
+        self._open_reporter(start)
 
-    def _start_one(
-        self,
-        name: str,
-        build: Callable[[], Any],
-        pool: PoolConfig | LearnerConfig | None = None,
-        **options: Any,
-    ) -> Actor:
-        log = self._config.run.path.resolve() / "logs" / f"{name}.log"
-        if pool is not None:
-            options |= {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
-            options["threads"] = pool.threads
-        options.setdefault("num_cpus", 0.0)
-        actor = launch(name, log, build, run=self._name, local=self._owns_ray, **options)
-        self._actors.append(actor)
-        return actor
+    def _watch_catalogues(self) -> None:
+        """Without them no rollout worker finds weights: as if the learner were lost."""
+        lost = self._catalogues.look() if self._catalogues is not None else None
+        if lost is None:
+            return
+        self._rollouts.hold(True)
+        for crew in self._crews:
+            crew.drop(lost)
 
-    def _start_store(self) -> WeightStore:
-        shelf = self._start_one(WEIGHTS, partial(WeightShelf, KEEP_VERSIONS, INITIAL_VERSION))
-        pull = RayWeightStore(self._name, shelf.log, self._timeout_s)
-        if not self._broadcasts:
-            return pull
-        roster = self._start_one(ROSTER, Roster)
-        line = Line(self._name, ROSTER, roster.log, self._timeout_s)
-        patience = Patience(whole_s=self._timeout_s)
-        return BroadcastWeightStore(pull, line.ask, patience, node_address)
+    def _open_reporter(self, start: Launcher) -> None:
+        limits = self._limits
+        self._reporter = Reporter(
+            lambda number: Remote(start.actor(CONTROL, ControlDesk, incarnation=number, here=True)),
+            self.status,
+            self._scale,
+            self._say,
+            limits.heartbeat_s,
+            limits.dead_after_s,
+        )
+        self._reporter.open()
+        write_place(self._config.run.path, self._name)
+
+    def status(self) -> dict[str, Any]:
+        """The run as `unmask status` shows it."""
+        self._watch_catalogues()
+        crews = {crew.role: crew.status for crew in self._crews}
+        actors = [actor for status in crews.values() for actor in status.actors]
+        idle = {role: round(status.idle, 4) for role, status in crews.items()}
+        if self._gang is not None:
+            self._gang.listen()
+            actors = self._gang.describe(self._version) + actors
+            idle["learner"] = round(self._pace.idle(self._gang.busy_s), 4)
+        steps, step = self._config.train.steps, self._step
+        eta = None if step is None else self._pace.eta_s(steps - step)
+        return {
+            "run": self._config.run.name,
+            "folder": str(self._config.run.path.resolve()),
+            "step": step,
+            "steps": steps,
+            "policy_version": self._version,
+            "eta_s": None if eta is None else round(eta, 1),
+            "idle": idle,
+            "queues": {
+                role: {"waiting": status.waiting, "under_way": status.under_way}
+                for role, status in crews.items()
+            },
+            "reissued": sum(status.reissued for status in crews.values()),
+            "failures": self._watch.total,
+            "actors": actors,
+        }
+
+    def _scale(self, sizes: dict[str, int]) -> str:
+        """Grant an operator's wish. Raises UserError if the cluster cannot hold it."""
+        crews = {crew.role: crew for crew in self._crews}
+        for role, size in sizes.items():
+            if role not in crews or size < 1:
+                raise UserError(
+                    f"scale: {role}={size}; give {' or '.join(sorted(crews))} and a number from 1"
+                )
+        counts = {role: crew.size for role, crew in crews.items()}
+        check_fits(wants(self._config, self._gang is not None, counts | sizes))
+        for role, size in sizes.items():
+            crews[role].resize(size)
+        done = ", ".join(f"{role} {counts[role]} -> {size}" for role, size in sizes.items())
+        self._say(f"scaled by an operator: {done}")
+        return done
+
+    def _crew(
+        self, role: str, start: Callable[[str, int], Remote], size: int, closes: bool = False
+    ) -> Crew:
+        crew = Crew(role, start, size, self._limits, self._watch, self._say, closes)
+        self._crews.append(crew)
+        return crew
+
+    def _meet(self, gang: Gang) -> None:
+        master = gang.ask(0, "meeting_point") if len(gang.ranks) > 1 else None
+        gang.call("start", master)
 
     @property
-    def _broadcasts(self) -> bool:
-        return self._config.cluster.weights == "broadcast"
-
-    def _start_rollouts(self) -> list[Actor]:
-        pool = self._config.cluster.rollout
-        build = partial(
-            RolloutWorker,
-            Path(self._config.model.path).resolve(),
-            self._config.rollout.decoding,
-            self._weights,
-            pool.threads,
-            rollout_dtype(self._config.engine),
-        )
-        return [
-            self._start_one(f"rollout-{i}", build, pool, restarts=True) for i in range(pool.min)
-        ]
-
-    def _start_rewards(self) -> list[Actor]:
-        pool = self._config.cluster.reward
-        build = partial(RewardWorker, self._config.scoring)
-        return [
-            self._start_one(f"reward-{i}", build, pool, restarts=True, secrets=False)
-            for i in range(pool.min)
-        ]
-
-    def _start_learners(self) -> list[Actor]:
-        pool = self._config.cluster.learner
-        build = partial(LearnerWorker, LearnerPlan.of(self._config), self._weights)
-        return [
-            self._start_one(
-                f"learner-{rank}",
-                partial(build, rank, pool.ranks, pool.threads),
-                pool,
-            )
-            for rank in range(pool.ranks)
-        ]
-
-    def _start_gang(self) -> None:
-        master = None
-        if len(self._learners) > 1:
-            master = wait([self._learners[0].ask("meeting_point")], self._timeout_s)[0]
-        self._on_learners("start", master)
+    def pids(self) -> dict[str, int]:
+        """`<role>-<i>` -> the process that works under this name now."""
+        found = {name: pid for crew in self._crews for name, pid in crew.pids.items()}
+        facts = self._gang.facts if self._gang is not None else []
+        return found | {f"learner-{i}": fact.pid for i, fact in enumerate(facts) if fact}
 
     def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]:
         """See `rl.protocol.Cluster`."""
-        group_size = self._config.rollout.group_size
-        return _in_thread(lambda: self._generate(problems, seed, group_size), "generate")
+        return self._generate(problems, seed, self._config.rollout.group_size)
 
     def score(self, groups: Sequence[Group]) -> Future[Scored]:
         """See `rl.protocol.Cluster`."""
-        return _in_thread(lambda: self._score(groups), "score")
+        pieces = cut(groups, self._rewards.size, self._config.cluster.reward.piece)
+        share = self._config.reward.max_failed_share
+
+        def joined(parts: list[Scored]) -> Scored:
+            scored = join(parts)
+            check_failures(scored.groups, share)
+            return scored
+
+        return then(self._rewards.submit([("score", (piece,)) for piece in pieces]), joined)
 
     def evaluate(
         self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
     ) -> Future[list[Group]]:
         """See `rl.protocol.Cluster`."""
-        return _in_thread(
-            lambda: self._score(self._generate(problems, seed, group_size, decoding)).groups,
-            "evaluate",
-        )
+
+        def work() -> list[Group]:
+            # The crews end what takes too long.
+            groups = self._generate(problems, seed, group_size, decoding).result()
+            return self.score(groups).result().groups
+
+        return in_thread(work, "evaluate")
 
     def _generate(
         self,
@@ -178,47 +233,52 @@ class RayCluster:
         seed: int,
         group_size: int,
         decoding: DecodingConfig | None = None,
-    ) -> list[Group]:
+    ) -> Future[list[Group]]:
         rest = (seed, group_size, decoding, self._version)
-        parts = self._spread(self._rollouts, "generate", problems, *rest)
-        return [group for part in parts for group in part]
-
-    def _score(self, groups: Sequence[Group]) -> Scored:
-        return join(self._spread(self._rewards, "score", groups))
-
-    def _spread(
-        self, pool: list[Actor], method: str, items: Sequence[Any], *rest: Any
-    ) -> list[Any]:
-        shares = split_evenly(items, len(pool))
-        calls = [
-            actor.call(method, share, *rest)
-            for actor, share in zip(pool, shares, strict=True)
-            if share
-        ]
-        return wait(calls, self._timeout_s)
+        pieces = cut(problems, self._rollouts.size, self._config.cluster.rollout.piece)
+        done = self._rollouts.submit([("generate", (piece, *rest)) for piece in pieces])
+        if self._catalogues is not None and self._catalogues.lost is not None:
+            self._rollouts.drop(self._catalogues.lost)  # nobody would ever do this work
+        return then(done, lambda parts: [group for part in parts for group in part])
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """See `rl.protocol.Cluster`."""
         metrics: dict[str, float] = self._on_learners("update", ray.put(list(groups)), step)[0]
+        self._updated = True
+        self._step = step + 1
         return metrics
 
     def sync_weights(self) -> int:
         """See `rl.protocol.Cluster`."""
         version = self._version + 1
-        if self._broadcasts:
+        if self._config.cluster.weights == "broadcast":
             # Nobody waits for them: one that is busy or dead pulls before it serves.
-            for rollout in self._rollouts:
-                rollout.call("receive", version)
+            self._rollouts.tell("receive", version)
         self._version = self._on_learners("publish", version)[0]
+        self._rollouts.hold(False)
+        if self._updated and self._gang is not None:
+            self._finished_step(self._gang)
         return self._version
+
+    def _finished_step(self, gang: Gang) -> None:
+        self._updated = False
+        self._watch.progress()
+        learner_idle = self._pace.step(gang.busy_s)
+        if self._autoscaler is None:
+            return
+        size, rollout_idle = self._rollouts.size, self._rollouts.status.idle
+        decision = self._autoscaler.after_step(size, learner_idle, rollout_idle)
+        if decision is not None:
+            self._rollouts.resize(decision.after)
+            self._say(f"rollout workers {decision.before} -> {decision.after}: {decision.reason}")
 
     def save(self, folder: Path) -> Future[Written]:
         """See `rl.protocol.Cluster`. With several nodes, to a file system that they share."""
-        ranks = list(self._learners)
         self._on_learners("start_save", folder.resolve())
-        return _in_thread(partial(self._saved, ranks), "save")
+        ranks = list(self._gang.ranks) if self._gang is not None else []
+        return in_thread(partial(self._saved, ranks), "save")
 
-    def _saved(self, ranks: Sequence[Actor]) -> Written:
+    def _saved(self, ranks: Sequence[Worker]) -> Written:
         """Wait until every rank has written its files: a failed save is cleared away whole."""
         deadline = time.monotonic() + SAVE_TIMEOUTS * self._timeout_s
         reports: list[Written | str | None] = [None]
@@ -227,7 +287,8 @@ class RayCluster:
                 text = f"{SAVE_TIMEOUTS:g} times cluster.timeout_s={self._timeout_s:g}"
                 raise InfrastructureError(f"save: the learner's files were not written in {text}")
             time.sleep(SAVE_POLL_S)
-            reports = wait([rank.call("saved") for rank in ranks], self._timeout_s)
+            answers = [rank.call("saved") for rank in ranks]
+            reports = [answer.result(self._timeout_s) for answer in answers]
         written: Written = {}
         for report in reports:
             if isinstance(report, str):
@@ -241,68 +302,48 @@ class RayCluster:
         if version is not None:
             self._version = version - 1
 
+    def recover(self, folder: Path | None) -> None:
+        """See `rl.protocol.Cluster`."""
+        # The weights went with the process that had published them.
+        self._rollouts.hold(True)
+        for crew in self._crews:
+            crew.drop(InfrastructureError("the work was dropped: its step is repeated"))
+        if self._catalogues is not None:
+            self._catalogues.mend()
+        self._updated = False
+        if self._gang is not None:
+            self._gang.rebuild()
+        if folder is not None:
+            self.load(folder)
+
     def export(self, folder: Path) -> None:
         """See `rl.protocol.Cluster`."""
         self._on_learners("export", folder.resolve())
 
     def _on_learners(self, method: str, *args: Any) -> list[Any]:
         """Every rank at once, as the engine's collectives need."""
-        if not self._learners:
+        if self._gang is None:
             raise ValueError(f"{method}: this cluster was made with_learner=False")
-        return wait([rank.call(method, *args) for rank in self._learners], self._timeout_s)
+        return self._gang.call(method, *args)
 
     def close(self) -> None:
         """End the actors, and Ray itself if this object started it. May be called twice.
 
         Reward workers are asked first: they have sandboxes with processes of their own.
         """
-        actors, self._actors = self._actors, []
+        crews, self._crews = self._crews, []
         if not ray.is_initialized():
             return
-        closing = [actor.call("close").ref for actor in actors if actor in self._rewards]
-        if closing:
-            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
-        for actor in actors:
-            ray.kill(actor.handle, no_restart=True)
+        if self._reporter is not None:
+            self._reporter.close()
+            forget_place(self._config.run.path)
+        for crew in crews:
+            crew.close()
+        if self._gang is not None:
+            self._gang.kill()
+        if self._launcher is not None:
+            self._launcher.release()
+        if self._catalogues is not None:
+            self._catalogues.kill()
         if self._owns_ray:
             ray.shutdown()
-
-
-def _resources(config: TrainConfig, with_learner: bool) -> dict[str, dict[str, float]]:
-    cluster = config.cluster
-
-    def pool(one: PoolConfig, count: int) -> dict[str, float]:
-        return {"CPU": one.num_cpus * count, "GPU": one.num_gpus * count}
-
-    wanted = {
-        "rollout": pool(cluster.rollout, cluster.rollout.min),
-        "reward": pool(cluster.reward, cluster.reward.min),
-    }
-    if with_learner:
-        ranks = cluster.learner.ranks
-        wanted["learner"] = {
-            "CPU": cluster.learner.num_cpus * ranks,
-            "GPU": cluster.learner.num_gpus * ranks,
-        }
-    return wanted
-
-
-def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
-    """`parts` consecutive slices whose lengths differ by one at most."""
-    size, longer = divmod(len(items), parts)
-    ends = [(i + 1) * size + min(i + 1, longer) for i in range(parts)]
-    return [list(items[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def _in_thread(work: Callable[[], T], name: str) -> Future[T]:
-    """Run `work` beside the caller, in a thread that no exit waits for."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # handed to whoever asks the future
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return future

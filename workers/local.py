@@ -13,6 +13,7 @@ from typing import TypeVar
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
 from models.state_files import Written
+from rewards.compose import check_failures
 from rl.config import TrainConfig
 from workers.learner import LearnerPlan, LearnerWorker
 from workers.reward import RewardWorker
@@ -43,9 +44,12 @@ class LocalCluster:
             self._weights,
             dtype=rollout_dtype(config.engine),
         )
-        self._learner = LearnerWorker(LearnerPlan.of(config), self._weights)
+        self._learner = self._new_learner()
         if with_learner:
             self._learner.start()
+
+    def _new_learner(self) -> LearnerWorker:
+        return LearnerWorker(LearnerPlan.of(self._config), self._weights)
 
     def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]:
         """See `rl.protocol.Cluster`."""
@@ -53,14 +57,14 @@ class LocalCluster:
 
     def score(self, groups: Sequence[Group]) -> Future[Scored]:
         """See `rl.protocol.Cluster`."""
-        return _done(lambda: self._reward.score(groups))
+        return _done(lambda: self._score(groups))
 
     def evaluate(
         self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
     ) -> Future[list[Group]]:
         """See `rl.protocol.Cluster`."""
         return _done(
-            lambda: self._reward.score(self._generate(problems, seed, group_size, decoding)).groups
+            lambda: self._score(self._generate(problems, seed, group_size, decoding)).groups
         )
 
     def _generate(
@@ -72,6 +76,11 @@ class LocalCluster:
     ) -> list[Group]:
         with self._decoding:
             return self._rollout.generate(problems, seed, group_size, decoding, self._version)
+
+    def _score(self, groups: Sequence[Group]) -> Scored:
+        scored = self._reward.score(groups)
+        check_failures(scored.groups, self._config.reward.max_failed_share)
+        return scored
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """See `rl.protocol.Cluster`."""
@@ -91,6 +100,14 @@ class LocalCluster:
         self._learner.load(folder)
         if version is not None:
             self._version = version - 1
+
+    def recover(self, folder: Path | None) -> None:
+        """See `rl.protocol.Cluster`."""
+        self._learner.close()
+        self._learner = self._new_learner()
+        self._learner.start()
+        if folder is not None:
+            self._learner.load(folder)
 
     def export(self, folder: Path) -> None:
         """See `rl.protocol.Cluster`."""

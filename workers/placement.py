@@ -1,18 +1,18 @@
-"""Where actors run: joining or starting Ray, wrapping a worker, waiting for it. Not what they do.
+"""Actors: wrapping a worker, starting it, calling it, waiting for it. Not what workers do.
 
-With `workers.cluster` the only file that imports Ray. Worker classes stay plain: `Shell` is the one
-actor class, and gives each worker its log file and its clean environment. Every actor imports this
-file, so it imports neither torch nor a configuration.
+The one file that imports Ray, which it sets up first. Worker classes stay plain: `Shell` is the one
+actor class, and gives each worker its log file, its clean environment and its heartbeat. Every
+actor imports this file, so it imports neither torch nor a configuration.
 """
 
-import logging
 import os
-import shutil
+import re
 import socket
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,149 +20,29 @@ from typing import Any
 from common.errors import InfrastructureError, UserError
 from common.files import private_folder
 from common.secret_names import is_secret
+from workers.health import Beat, WorkerFailed
 
 # isort: off
-from workers.access import admission, forget_secrets, keep_token, loopback, ray
+from workers.access import forget_secrets, ray
 
 # After `workers.access`, which makes the settings that Ray reads when it is imported.
-import ray._private.worker as ray_worker
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group  # noqa: F401
+from ray.util.scheduling_strategies import (  # noqa: F401
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 # isort: on
 
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_SHIPPED = [".git", ".venv", "runs", "wandb", "build", "**/__pycache__", "**/.*_cache"]
-SHM = Path("/dev/shm")
-MIB = 2**20
-MIN_OBJECT_STORE = 200 * MIB
-CONNECT_TIMEOUT_S = 10.0
-TASK_RETRIES = 3
+# Of named actors: the control actor is found from other jobs by it.
+NAMESPACE = "unmask"
+HEALTH = "health"
 GRACE_S = 1.0
-
-
-# Joining or starting Ray
-
-
-def connect(address: str | None, logical_cpus: float, weight_bytes: int) -> bool:
-    """Join the cluster at `address` or RAY_ADDRESS, else start one here; True if started.
-
-    A process that is connected already (tests, notebooks) stays with its cluster.
-
-    Args:
-        logical_cpus: what the actors will ask for together; a local start offers that much.
-        weight_bytes: size of one version of the weights; a local object store holds several.
-
-    Raises:
-        UserError: nobody at the address, or no shared memory to start with.
-        InfrastructureError: Ray did not start.
-    """
-    # Private (pinned by a test), and the only way to keep the raylet's remarks off stdout, which is
-    # for people. They are in Ray's own session logs; what matters of them reaches us as errors.
-    ray_worker._worker_logs_enabled = False
-    if ray.is_initialized():
-        return False
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        _start(logical_cpus, weight_bytes)
-        return True
-    _join(address)
-    return False
-
-
-def _start(logical_cpus: float, weight_bytes: int) -> None:
-    object_store = _object_store(weight_bytes)
-    keep_token()
-    try:
-        with loopback():
-            ray.init(
-                address="local",
-                num_cpus=max(len(os.sched_getaffinity(0)), int(logical_cpus) + 1),
-                include_dashboard=False,
-                object_store_memory=object_store,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                # Idle workers would cost 45 MiB each, and actors start processes of their own.
-                _system_config={
-                    "prestart_worker_first_driver": False,
-                    "enable_worker_prestart": False,
-                },
-            )
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InfrastructureError(f"Ray did not start on this machine: {reason}") from error
-
-
-def _object_store(weight_bytes: int) -> int:
-    """Bytes for the object store: two versions of the weights, one in the making, one to spare."""
-    wanted = max(MIN_OBJECT_STORE, 4 * weight_bytes + 100 * MIB)
-    if not (SHM.is_dir() and os.access(SHM, os.W_OK)):
-        raise UserError(
-            f"{SHM}: no shared memory for Ray; in a container start it with --shm-size=1g, "
-            "or set cluster.kind=local"
-        )
-    free = shutil.disk_usage(SHM).free
-    if free < wanted:
-        raise UserError(
-            f"{SHM}: {free // MIB} MiB free, Ray needs {wanted // MIB} MiB; free some (in a "
-            "container: --shm-size=1g), or set cluster.kind=local"
-        )
-    return wanted
-
-
-def _join(address: str) -> None:
-    _check_reachable(address)
-    options: dict[str, Any] = {}
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-        # A submitted job has brought its tree along; anybody else ships this checkout.
-        options["runtime_env"] = {"working_dir": str(ROOT), "excludes": NOT_SHIPPED}
-    try:
-        with admission(address, "cluster.address"):
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"cluster.address={address}: cannot join the Ray cluster: {reason}"
-        ) from error
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself tries for a minute and then prints a page; a refused connection needs neither."""
-    if "://" in address:
-        raise UserError(
-            f"cluster.address={address}: Ray Client addresses are not supported; give host:port "
-            "of the head (6379), or submit the run with `ray job submit`"
-        )
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdigit()):
-        if address in ("auto", "local"):
-            return
-        raise UserError(f"cluster.address={address}: give host:port, for example 10.0.0.1:6379")
-    try:
-        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise UserError(
-            f"cluster.address={address}: nobody answers there ({error}); start the cluster, or "
-            "leave cluster.address and RAY_ADDRESS empty to start one here"
-        ) from error
-
-
-def check_fits(wanted: Mapping[str, Mapping[str, float]]) -> None:
-    """UserError if the cluster can never hold the pools: {role: {"CPU": n, "GPU": n}}."""
-    there = ray.cluster_resources()
-    for kind in ("CPU", "GPU"):
-        total = sum(pool.get(kind, 0.0) for pool in wanted.values())
-        if total > there.get(kind, 0.0):
-            parts = ", ".join(f"{role} {pool.get(kind, 0):g}" for role, pool in wanted.items())
-            nodes = ", ".join(
-                f"{node['NodeManagerAddress']} {node['Resources'].get(kind, 0):g}"
-                for node in ray.nodes()
-                if node["Alive"]
-            )
-            raise UserError(
-                f"cluster: asks for {total:g} {kind} ({parts}) but Ray has "
-                f"{there.get(kind, 0.0):g} ({nodes}); lower cluster.*.num_{kind.lower()}s or the "
-                "numbers of workers"
-            )
+LOG_LINES = 20
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_REASON = re.compile(r"(?:is dead|died) because (?P<why>[^.]*\.[^.]*)")
 
 
 # Actors
@@ -188,16 +68,17 @@ class Shell:
             self._problem = error
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call `method` of the worker."""
+        """Call `method` of the worker, or `meeting_point` of this shell."""
         if self._problem is not None:
             raise self._problem
-        return getattr(self._worker, method)(*args)
+        return getattr(self if method == "meeting_point" else self._worker, method)(*args)
 
-    def ready(self) -> int:
-        """The process id, once the worker is built."""
+    def beat(self) -> Beat:
+        """A sign of life, once the worker is built. Runs beside whatever the worker is doing."""
         if self._problem is not None:
             raise self._problem
-        return os.getpid()
+        version = getattr(self._worker, "policy_version", None)  # reward workers have none
+        return Beat(os.getpid(), ray.util.get_node_ip_address(), version)
 
     def meeting_point(self) -> tuple[str, int]:
         """This node's address and a port that is free on it."""
@@ -231,9 +112,14 @@ class Actor:
         """Start `method` of the worker."""
         return Pending(self, method, self.handle.call.remote(method, *args))
 
-    def ask(self, method: str, *args: Any) -> "Pending":
-        """Start a method of the shell itself (`ready`, `meeting_point`)."""
-        return Pending(self, method, getattr(self.handle, method).remote(*args))
+    def beat(self) -> "Pending":
+        """Ask for a sign of life."""
+        return Pending(self, "beat", self.handle.beat.options(concurrency_group=HEALTH).remote())
+
+    def kill(self) -> None:
+        """End it, also if it is stopped and cannot hear. May be called twice."""
+        if ray.is_initialized():
+            ray.kill(self.handle, no_restart=True)
 
 
 @dataclass(frozen=True)
@@ -243,6 +129,45 @@ class Pending:
     actor: Actor
     method: str
     ref: Any
+
+    @property
+    def future(self) -> Future[Any]:
+        """Its result, or UserError, or WorkerFailed, without waiting."""
+        out: Future[Any] = Future()
+
+        def settle(found: Future[Any]) -> None:
+            error = found.exception()
+            if error is None:
+                out.set_result(found.result())
+            else:
+                out.set_exception(_told(self, error))
+
+        self.ref.future().add_done_callback(settle)
+        return out
+
+
+@dataclass(frozen=True)
+class Remote:
+    """An actor as `workers.crew.Worker`."""
+
+    actor: Actor
+
+    @property
+    def log(self) -> Path:
+        """Where it writes."""
+        return self.actor.log
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        """Start `method` of the worker."""
+        return self.actor.call(method, *args).future
+
+    def beat(self) -> Future[Beat]:
+        """Ask for a sign of life."""
+        return self.actor.beat().future
+
+    def kill(self) -> None:
+        """End it."""
+        self.actor.kill()
 
 
 def launch(
@@ -254,7 +179,11 @@ def launch(
     num_cpus: float,
     num_gpus: float = 0.0,
     threads: int = 1,
-    restarts: bool = False,
+    incarnation: int = 0,
+    resources: Mapping[str, float] | None = None,
+    labels: Mapping[str, str] | None = None,
+    place: Any = None,
+    here: bool = False,
     secrets: bool = True,
     local: bool,
 ) -> Actor:
@@ -262,7 +191,10 @@ def launch(
 
     Args:
         run: prefix that makes the name unique in the cluster, for `find`.
-        restarts: bring it back when it dies and repeat its unfinished calls (pure functions only).
+        incarnation: how many of this name there were before; they share the log.
+        resources, labels: of the node, as Ray was told when the node was started.
+        here: on the caller's node, to live and die with it.
+        place: a bundle of a `workers.nodes.Reservation`, which has its own labels.
         secrets: False keeps tokens and keys out of its environment.
         local: this process started Ray, so the checkout is not shipped but found by its path.
     """
@@ -275,14 +207,24 @@ def launch(
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if not secrets:
         environment |= {key: "" for key, value in os.environ.items() if is_secret(key, value)}
+    where: dict[str, Any] = {}
+    if place is not None:
+        where["scheduling_strategy"] = place
+    elif here:
+        node = ray.get_runtime_context().get_node_id()
+        where["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+    elif labels:
+        where["label_selector"] = dict(labels)
+    # Ray restarts nothing: whoever was declared dead must not come back and answer.
     handle = (
-        ray.remote(Shell)
+        ray.remote(concurrency_groups={HEALTH: 1})(Shell)
         .options(
-            name=f"{run}-{name}",
+            name=f"{run}-{name}" + (f".{incarnation}" if incarnation else ""),
+            namespace=NAMESPACE,
             num_cpus=num_cpus,
             num_gpus=num_gpus,
-            max_restarts=-1 if restarts else 0,
-            max_task_retries=TASK_RETRIES if restarts else 0,
+            resources=dict(resources or {}),
+            **where,
             runtime_env={"env_vars": environment},
         )
         .remote(str(log), secrets, build)
@@ -300,7 +242,7 @@ def find(run: str, name: str, log: Path) -> Actor:
         InfrastructureError: it is gone.
     """
     try:
-        return Actor(name, log, ray.get_actor(f"{run}-{name}"))
+        return Actor(name, log, ray.get_actor(f"{run}-{name}", namespace=NAMESPACE))
     except ValueError as error:
         raise InfrastructureError(f"{name} is gone; its log is {log}") from error
 
@@ -332,7 +274,7 @@ def wait(calls: Sequence[Pending], timeout_s: float) -> list[Any]:
         try:
             results[call.ref] = _result(call, timeout_s)
         except (UserError, InfrastructureError) as error:
-            raise _root_cause(error, pending) from error.__cause__
+            raise _root_cause(error, pending) from None
     return [results[call.ref] for call in calls]
 
 
@@ -345,7 +287,7 @@ def _root_cause(first: Exception, pending: Mapping[Any, Pending]) -> Exception:
                 _result(pending[ref], GRACE_S)
             except (UserError, InfrastructureError) as error:
                 failures.append(error)
-    deaths = [failure for failure in failures if isinstance(failure.__cause__, RayActorError)]
+    deaths = [error for error in failures if isinstance(error, WorkerFailed) and error.died]
     inputs = [failure for failure in failures if isinstance(failure, UserError)]
     return [*inputs, *deaths, first][0]
 
@@ -353,18 +295,41 @@ def _root_cause(first: Exception, pending: Mapping[Any, Pending]) -> Exception:
 def _result(call: Pending, timeout_s: float) -> Any:
     try:
         return ray.get(call.ref, timeout=timeout_s)
-    except RayTaskError as error:
+    except GetTimeoutError as error:
+        raise _failed(call, f"the result did not arrive within {timeout_s:g} s") from error
+    except RayError as error:
+        raise _told(call, error) from error
+
+
+def _told(call: Pending, error: BaseException) -> Exception:
+    """What Ray says, as one of ours."""
+    if isinstance(error, RayTaskError):
         cause = error.cause
         if isinstance(cause, UserError):
-            raise cause from None
-        raise _failure(call, f"{type(cause).__name__}: {cause}") from error
-    except GetTimeoutError as error:
-        raise _failure(call, f"the result did not arrive within {timeout_s:g} s") from error
-    except RayError as error:
-        raise _failure(call, " ".join(str(error).split())[:300]) from error
+            return cause
+        return _failed(call, f"{type(cause).__name__}: {cause}", _COLOUR.sub("", str(error)))
+    reason = _short(str(error))
+    details = f"{_COLOUR.sub('', str(error))}\n{tail(call.actor.log)}"
+    return _failed(call, reason, details, died=isinstance(error, RayActorError))
 
 
-def _failure(call: Pending, reason: str) -> InfrastructureError:
-    return InfrastructureError(
-        f"{call.actor.name} failed in `{call.method}`: {reason}; its log is {call.actor.log}"
-    )
+def _short(text: str) -> str:
+    """Ray's reason for a death without the page around it."""
+    text = _COLOUR.sub("", text).strip()
+    if "creation task" in text:  # the last line of its traceback
+        return f"it could not be built: {text.splitlines()[-1].strip()}"[:300]
+    text = " ".join(text.split())
+    found = _REASON.search(text)
+    return (found["why"] if found else text)[:200]
+
+
+def _failed(call: Pending, reason: str, details: str = "", died: bool = False) -> WorkerFailed:
+    text = f"{call.actor.name} failed in `{call.method}`: {reason}; its log is {call.actor.log}"
+    return WorkerFailed(text, details, died)
+
+
+def tail(log: Path, lines: int = LOG_LINES) -> str:
+    """The end of a worker's log, if it is on a file system that we see."""
+    if not log.is_file():
+        return ""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

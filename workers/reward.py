@@ -12,10 +12,14 @@ from rewards.compose import RewardConfig, Rewarder
 
 
 class RewardWorker:
-    """Scores with the rewards of `config`; UserError if one of them does not import."""
+    """Scores with the rewards of `config`; UserError if one of them does not import.
+
+    Failed samples are counted by whoever has the whole batch (`check_failures`): in a small piece
+    of it, two bad samples are a large share.
+    """
 
     def __init__(self, config: RewardConfig) -> None:
-        self._rewarder = Rewarder(config)
+        self._rewarder = Rewarder(config.model_copy(update={"max_failed_share": 1.0}))
 
     def score(self, groups: Sequence[Group]) -> Scored:
         """The same groups, in their order, with `score` filled in every rollout."""

@@ -67,6 +67,11 @@ class RolloutWorker:
             # once more, and refuses while it cannot; an actor that died here would stay dead.
             log.warning("starting without the newest weights: %s", error)
 
+    @property
+    def policy_version(self) -> int:
+        """Of the weights it holds."""
+        return self._version
+
     def generate(
         self,
         problems: Sequence[Problem],

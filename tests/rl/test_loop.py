@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from common.errors import InfrastructureError
+from common.errors import InfrastructureError, LearnerLost
+from common.metrics import METRICS_FILE, JsonlSink
 from common.records import Completion, Group, Problem, Rollout, Score, Scored
 from common.seeding import derive_seed
 from models.decoding import DecodingConfig
+from rl.audit import audit
 from rl.checkpoint import Checkpoints, RunState, read_state
 from rl.inflight import read_batches
+from rl.ledger import LEDGER_FILE, Ledger
 from rl.loop import Loop
 from rl.protocol import LoopPlan
 from rl.saving import Saver
@@ -35,6 +38,7 @@ class FakeCluster:
     interrupt_at: int | None = None
     hang_at: str | None = None
     lag: int = 0
+    lose: list[str] = field(default_factory=list)  # calls at which the learner dies, each once
     calls: list[str] = field(default_factory=list)
     weights: int = 0
     version: int = 0
@@ -44,6 +48,10 @@ class FakeCluster:
     def say(self, text: str) -> None:
         with self.lock:
             self.calls.append(text)
+            if text in self.lose:
+                self.lose.remove(text)
+                self.weights = -1000  # whoever goes on without recovering will be found out
+                raise LearnerLost(f"learner-0 died in {text}")
 
     def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]:
         step = problems[0].problem_id.split("/")[0]
@@ -56,8 +64,10 @@ class FakeCluster:
     def group(self, problem: Problem) -> Group:
         completion = Completion((4, 1), (), "x", "eos", (0, 1), (1.0, 1.0))
         version = self.version - self.lag
-        rollout = Rollout(problem.problem_id, 0, (3,), completion, version, 0)
-        return Group(problem, (rollout, rollout))
+        name = problem.problem_id
+        return Group(
+            problem, tuple(Rollout(name, i, (3,), completion, version, 0) for i in range(2))
+        )
 
     def score(self, groups: Sequence[Group]) -> Future[Scored]:
         self.say(f"score {groups[0].problem.problem_id.split('/')[0]}")
@@ -95,6 +105,10 @@ class FakeCluster:
         self.say("load")
         self.weights = int((folder / "policy").read_text())
 
+    def recover(self, folder: Path | None) -> None:
+        self.say(f"recover {folder.name if folder else None}")
+        self.weights = 0 if folder is None else int((folder / "policy").read_text())
+
     def export(self, folder: Path) -> None:
         raise NotImplementedError
 
@@ -120,6 +134,7 @@ class Notebook:
     saves: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     interrupt_at: int | None = None
+    sink: JsonlSink | None = None
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -129,6 +144,8 @@ class Notebook:
             self.saves.append((step, dict(metrics)))
             return
         self.records.append((step, dict(metrics)))
+        if self.sink is not None:
+            self.sink.log(metrics, step=step, stage="rl")
         if self.interrupt_at == step:
             raise KeyboardInterrupt
 
@@ -138,13 +155,22 @@ def batch(step: int) -> list[Problem]:
 
 
 def make_loop(
-    tmp_path: Path, cluster: FakeCluster, start: int = 0, **changes: Any
+    tmp_path: Path, cluster: FakeCluster, checkpoint: Path | None = None, **changes: Any
 ) -> tuple[Loop, Notebook]:
     values: dict[str, Any] = {"steps": 3, "eval_decoding": GREEDY, "run_seed": 7}
     plan = LoopPlan(**(values | changes))
-    monitor = Notebook()
-    saver = Saver(Checkpoints(tmp_path, keep_last_n=5), cluster.save, monitor, None, 60.0)
-    loop = Loop(cluster, batch, [Problem("t", "do")], plan, saver, monitor, RunState(start, 0, 7))
+    monitor = Notebook(sink=JsonlSink(tmp_path / METRICS_FILE))
+    saver = Saver(Checkpoints(tmp_path, keep_last_n=5), cluster.save, monitor, checkpoint, 60.0)
+    loop = Loop(
+        cluster,
+        batch,
+        [Problem("t", "do")],
+        plan,
+        saver,
+        Ledger(tmp_path / LEDGER_FILE, group_size=2),
+        monitor,
+        finish=lambda step: cluster.say(f"finish {step}"),
+    )
     return loop, monitor
 
 
@@ -156,6 +182,7 @@ def test_synchronous_order_of_calls(tmp_path: Path) -> None:
         *["sync", "generate 0", "score 0", "update 0", "sync"],
         *["generate 1", "score 1", "update 1", "sync", "evaluate", "save"],
         *["generate 2", "score 2", "update 2", "sync", "evaluate", "save"],
+        "finish 3",
     ]
     assert (state.step, state.policy_version) == (3, 4)
     assert cluster.seeds == {derive_seed(7, "rollout", s): str(s) for s in range(3)}
@@ -210,11 +237,10 @@ def test_resume_goes_on_where_the_checkpoint_stopped(tmp_path: Path) -> None:
     make_loop(tmp_path, cluster, steps=2)[0].run()
     saved = Checkpoints(tmp_path).resume_from("auto")
     assert saved is not None
-    state = read_state(saved, 7)
     again = FakeCluster()
-    again.load(saved)
-    loop, monitor = make_loop(tmp_path, again, start=state.step, steps=4)
+    loop, monitor = make_loop(tmp_path, again, checkpoint=saved, steps=4)
     loop.run()
+    assert again.calls[:2] == ["load", "sync"]
     assert again.weights == 4
     assert [c for c in again.calls if c.startswith("generate")] == ["generate 2", "generate 3"]
     assert [step for step, _ in monitor.records] == [3, 4]
@@ -238,10 +264,8 @@ def test_scored_batches_are_not_rolled_out_again(tmp_path: Path) -> None:
         loop.run()
     saved = tmp_path / "rl" / "global_step_3"
     again = FakeCluster()
-    again.load(saved)
-    loop, monitor = make_loop(tmp_path, again, start=3, steps=9, max_staleness=2)
-    loop.scored = read_batches(saved, batch)
-    assert list(loop.scored) == [3, 4]
+    loop, monitor = make_loop(tmp_path, again, checkpoint=saved, steps=9, max_staleness=2)
+    assert list(read_batches(saved, batch)) == [3, 4]
     loop.run()
     assert [call for call in again.calls if call.startswith("generate")] == [
         f"generate {step}" for step in range(5, 9)
@@ -358,6 +382,39 @@ def test_errors_of_workers_reach_the_caller(tmp_path: Path) -> None:
 
     with pytest.raises(InfrastructureError, match="reward-0 died"):
         make_loop(tmp_path, Broken())[0].run()
+
+
+@pytest.mark.parametrize("bound", [0, 1, 2])
+@pytest.mark.parametrize(
+    "lose",
+    [
+        ["update 3"],
+        ["update 0"],  # before any checkpoint
+        ["update 3", "update 4", "update 2"],
+        ["save"],
+        ["update 4", "recover global_step_4", "finish 5"],  # while recovering, and at the very end
+    ],
+    ids=lambda calls: "+".join(calls),
+)
+def test_a_lost_learner_costs_steps_but_no_sample(
+    tmp_path: Path, lose: list[str], bound: int
+) -> None:
+    cluster = FakeCluster(lose=list(lose))
+    loop, monitor = make_loop(tmp_path, cluster, steps=5, save_every=2, max_staleness=bound)
+    state = loop.run()
+    assert state.step == 5
+    assert cluster.weights == 5  # every update once, on top of the right checkpoint
+    assert not cluster.lose
+    last_of = {step: metrics for step, metrics in monitor.records}
+    assert sorted(last_of) == [1, 2, 3, 4, 5]
+    # The same seeds whenever a step is repeated.
+    assert cluster.seeds == {derive_seed(7, "rollout", s): str(s) for s in range(5)}
+    assert len(monitor.said) >= 1
+    assert "the learner starts anew and goes on from step" in monitor.said[0]
+    found = audit(tmp_path)
+    assert found.violations == []
+    assert (found.steps, found.planned, found.trained + sum(found.dropped.values())) == (5, 20, 20)
+    assert len(found.lives) == len(lose) + 1 - ("recover global_step_4" in lose)
 
 
 def test_the_loop_fits_on_a_page() -> None:

@@ -22,6 +22,7 @@ from models.checkpoint import load_checkpoint, new_model, save_checkpoint
 from models.outline import load_outline
 from models.spec import DiffusionSpec
 from models.tokenizer import train_tokenizer
+from rl.audit import audit
 from rl.checkpoint import Checkpoints, RunState
 from rl.config import load_train_config
 from rl.origin import Origin
@@ -193,6 +194,9 @@ def test_a_run_from_nothing_to_an_exported_model(config_file: Path, checkpoint: 
     assert [r["step"] for r in records if "eval/pass@1" in r] == [2, 4]
     assert all(r["perf/tokens_per_s"] > 0 for r in records if "policy/loss" in r)
     assert {r["stage"] for r in records} == {"rl"}
+    proof = audit(run)
+    assert (proof.steps, proof.planned, proof.violations) == (4, 24, [])
+    assert proof.trained == sum(r["batch/samples"] for r in records if "policy/loss" in r)
     before, after = weights(checkpoint), weights(run / "rl" / "hf")
     assert any(not torch.equal(before[name], after[name]) for name in before)
     again = invoke("--config", config_file)
@@ -226,8 +230,8 @@ def test_interrupt_closes_the_cluster(config_file: Path, monkeypatch: pytest.Mon
     closed = []
     make = rl.train.make_cluster
 
-    def watched(config: Any) -> Any:
-        cluster: Any = make(config)
+    def watched(config: Any, say: Any) -> Any:
+        cluster: Any = make(config, say)
         close = cluster.close
 
         def note_and_close() -> None:
@@ -417,7 +421,7 @@ def test_a_lost_export_is_made_again(config_file: Path) -> None:
 def test_infrastructure_errors_end_with_the_root_cause(
     config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(config: Any) -> Any:
+    def broken(config: Any, say: Any) -> Any:
         try:
             raise MemoryError("the kernel said no")
         except MemoryError as error:

@@ -112,10 +112,10 @@ def scored_groups() -> list[Group]:
 @pytest.fixture(scope="session")
 def ray_started() -> Iterator[None]:
     """One local Ray for the session: clusters made while it runs use it and leave it alone."""
-    from workers import placement
+    from workers import nodes, placement
 
     # Ray's workers must find the checkout, as those of a cluster that ships it would.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    assert placement.connect(None, logical_cpus=2, weight_bytes=0)
+    assert nodes.connect(None, logical_cpus=2, weight_bytes=0)
     yield
     placement.ray.shutdown()

@@ -11,13 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray._private.worker as ray_worker
 from ray import cloudpickle
 
 from common.errors import InfrastructureError, UserError
-from workers import placement
-from workers.placement import Actor, check_fits, connect, find, launch, wait
+from workers import nodes
+from workers.fitting import Want
+from workers.health import WorkerFailed
+from workers.nodes import Reservation, check_fits, connect
+from workers.placement import Actor, Remote, find, launch, ray, wait
 
 
 class Parrot:
@@ -70,7 +74,7 @@ def test_address_where_nobody_listens() -> None:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     started = time.monotonic()
     with pytest.raises(UserError, match=f"cluster.address={address}: nobody answers there"):
-        placement._join(address)
+        nodes._join(address)
     assert time.monotonic() - started < 15
 
 
@@ -79,24 +83,24 @@ def test_address_where_nobody_listens() -> None:
 )
 def test_address_of_another_kind(address: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        placement._join(address)
+        nodes._join(address)
 
 
 def test_no_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "SHM", tmp_path / "nowhere")
+    monkeypatch.setattr(nodes, "SHM", tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"nowhere: no shared memory.*cluster\.kind=local"):
-        placement._object_store(0)
+        nodes._object_store(0)
 
 
 def test_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="MiB free, Ray needs .* MiB"):
-        placement._object_store(weight_bytes=10**15)
+        nodes._object_store(weight_bytes=10**15)
 
 
 def test_object_store_grows_with_the_model() -> None:
-    assert placement._object_store(4_000_000) == placement.MIN_OBJECT_STORE
-    weights = 100 * placement.MIB
-    assert placement._object_store(weights) == 4 * weights + 100 * placement.MIB
+    assert nodes._object_store(4_000_000) == nodes.MIN_OBJECT_STORE
+    weights = 100 * nodes.MIB
+    assert nodes._object_store(weights) == 4 * weights + 100 * nodes.MIB
 
 
 # With Ray
@@ -126,7 +130,7 @@ def test_raylet_remarks_are_still_switched_off_by_this_name() -> None:
 @pytest.mark.ray
 def test_bad_input_arrives_as_it_was_raised(start: Callable[..., Actor]) -> None:
     with pytest.raises(UserError) as caught:
-        wait([start("bad").ask("ready")], 60)
+        wait([start("bad").beat()], 60)
     assert str(caught.value) == "parrot.word: bad is no word; use another"
     with pytest.raises(UserError) as caught:
         wait([start(run="other").call("refuse")], 60)
@@ -144,7 +148,7 @@ def test_failure_names_actor_method_cause_and_log(start: Callable[..., Actor]) -
 @pytest.mark.ray
 def test_waiting_ends(start: Callable[..., Actor]) -> None:
     actor = start()
-    wait([actor.ask("ready")], 60)
+    wait([actor.beat()], 60)
     with pytest.raises(InfrastructureError, match="parrot-0 did not finish `sleep` within 0.5 s"):
         wait([actor.call("sleep", 30)], 0.5)
 
@@ -152,7 +156,7 @@ def test_waiting_ends(start: Callable[..., Actor]) -> None:
 @pytest.mark.ray
 def test_death_without_restart(start: Callable[..., Actor]) -> None:
     actor = start()
-    pid = wait([actor.ask("ready")], 60)[0]
+    pid = wait([actor.beat()], 60)[0].pid
     call = actor.call("sleep", 30)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(InfrastructureError, match="parrot-0 failed in `sleep`.*parrot-0.log"):
@@ -160,14 +164,44 @@ def test_death_without_restart(start: Callable[..., Actor]) -> None:
 
 
 @pytest.mark.ray
-def test_restart_repeats_what_was_under_way(start: Callable[..., Actor]) -> None:
-    actor = start(restarts=True)
-    pid = wait([actor.ask("ready")], 60)[0]
-    call = actor.call("sleep", 1.0)
-    time.sleep(0.3)
+def test_a_heartbeat_comes_beside_the_work_and_stops_with_the_process(
+    start: Callable[..., Actor],
+) -> None:
+    worker = Remote(start())
+    beat = worker.beat().result(60)
+    assert psutil.Process(beat.pid).is_running()
+    work = worker.call("sleep", 1.0)
+    assert worker.beat().result(60) == beat
+    assert not work.done()
+    assert work.result(60) == 1.0
+    os.kill(beat.pid, signal.SIGSTOP)
+    silent = worker.beat()
+    with pytest.raises(TimeoutError):
+        silent.result(1.0)
+    worker.kill()
+    with pytest.raises(WorkerFailed, match="parrot-0 failed in `beat`") as caught:
+        silent.result(60)
+    assert caught.value.died
+    psutil.wait_procs([psutil.Process(beat.pid)] if psutil.pid_exists(beat.pid) else [], 30)
+    assert not psutil.pid_exists(beat.pid)
+
+
+@pytest.mark.ray
+def test_a_failure_brings_its_traceback_and_a_death_the_end_of_the_log(
+    start: Callable[..., Actor],
+) -> None:
+    worker = Remote(start("last words"))
+    with pytest.raises(WorkerFailed) as caught:
+        worker.call("fail").result(60)
+    assert "Traceback" in caught.value.details or "in fail" in caught.value.details
+    assert not caught.value.died
+    worker.call("say").result(60)
+    work, pid = worker.call("sleep", 30.0), worker.beat().result(60).pid
     os.kill(pid, signal.SIGKILL)
-    assert wait([call], 60) == [1.0]
-    assert wait([actor.ask("ready")], 60) != [pid]
+    with pytest.raises(WorkerFailed) as caught:
+        work.result(60)
+    assert caught.value.died
+    assert caught.value.details.endswith("saying last words")
 
 
 @pytest.mark.ray
@@ -184,7 +218,7 @@ def test_environment_of_an_actor(
 @pytest.mark.ray
 def test_finding_by_name(start: Callable[..., Actor], tmp_path: Path) -> None:
     actor = start("polly")
-    wait([actor.ask("ready")], 60)
+    wait([actor.beat()], 60)
     assert wait([find(tmp_path.name, "parrot-0", actor.log).call("say")], 60) == ["polly"]
     with pytest.raises(InfrastructureError, match="parrot-9 is gone"):
         find(tmp_path.name, "parrot-9", actor.log)
@@ -192,9 +226,25 @@ def test_finding_by_name(start: Callable[..., Actor], tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_impossible_placement(ray_started: None) -> None:
-    check_fits({"rollout": {"CPU": 0.5}, "learner": {"CPU": 0.5}})
-    expected = r"asks for 1e\+06 CPU \(rollout 1e\+06, learner 0\) but Ray has"
+    check_fits([Want("rollout", 1, {"CPU": 0.5}), Want("learner", 1, {"CPU": 0.5})])
+    expected = r"cluster\.rollout: asks for 1 x \(CPU 1e\+06\), at most 0 fit: .* has CPU"
     with pytest.raises(UserError, match=expected):
-        check_fits({"rollout": {"CPU": 1e6}, "learner": {"CPU": 0.0}})
-    with pytest.raises(UserError, match=r"asks for 99 GPU .*lower cluster\.\*\.num_gpus"):
-        check_fits({"learner": {"GPU": 99.0}})
+        check_fits([Want("rollout", 1, {"CPU": 1e6})])
+    with pytest.raises(UserError, match=r"labelled zone=moon, at most 0 fit: .*zone=-"):
+        check_fits([Want("rollout", 1, {"CPU": 0.1}, {"zone": "moon"})])
+
+
+@pytest.mark.ray
+def test_room_that_is_not_there_ends_the_wait_and_leaves_no_group(ray_started: None) -> None:
+    want = Want("learner", 2, {"CPU": 1.0, "telescope": 1.0})
+    with pytest.raises(InfrastructureError, match=r"no room for 2 x .*pack.* within 1 s"):
+        Reservation("no-room", want, "pack", 1.0)
+    deadline = time.monotonic() + 30
+    while _groups("no-room") != {"REMOVED"} and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert _groups("no-room") == {"REMOVED"}
+
+
+def _groups(name: str) -> set[str]:
+    table = ray.util.placement_group_table().values()
+    return {group["state"] for group in table if group["name"] == name}

@@ -1,0 +1,500 @@
+"""Crews and the gang with workers that are made of futures, on a clock that we move."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import InfrastructureError, LearnerLost, UserError
+from workers.crew import Crew
+from workers.gang import Gang
+from workers.health import Beat, CrashWatch, Failure, Limits, State, Vitals, WorkerFailed
+
+LIMITS = Limits(heartbeat_s=2.0, dead_after_s=10.0, start_s=60.0)
+
+
+@dataclass
+class Clock:
+    now: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class FakeWorker:
+    """Answers heartbeats at once while it is `alive`, and calls when the test says so."""
+
+    name: str
+    alive: bool = True
+    killed: bool = False
+    calls: list[tuple[str, tuple[Any, ...], Future[Any]]] = field(default_factory=list)
+    problem: Exception | None = None
+    answers: bool = False
+
+    @property
+    def log(self) -> Path:
+        return Path(f"{self.name}.log")
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.calls.append((method, args, future))
+        if self.answers:
+            future.set_result(f"{self.name} {method}")
+        return future
+
+    def beat(self) -> Future[Beat]:
+        future: Future[Beat] = Future()
+        if self.problem is not None:
+            future.set_exception(self.problem)
+        elif self.alive:
+            future.set_result(Beat(pid=1000 + len(self.name), node="here", policy_version=7))
+        return future
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def answer(self) -> None:
+        method, args, future = next(call for call in self.calls if not call[2].done())
+        future.set_result((method, *args))
+
+    def die(self, text: str = "killed") -> None:
+        self.alive = False
+        for _, _, future in self.calls:
+            if not future.done():
+                future.set_exception(WorkerFailed(f"{self.name} {text}", died=True))
+
+
+@dataclass
+class Stage:
+    """A crew, its clock, all workers that were ever started, and what was said."""
+
+    crew: Crew
+    clock: Clock
+    started: list[FakeWorker]
+    said: list[str]
+    watch: CrashWatch
+
+    def turns(self, count: int = 3, seconds: float = 0.0) -> None:
+        for _ in range(count):
+            self.clock.now += seconds
+            self.crew.turn()
+
+    def worker(self, name: str) -> FakeWorker:
+        return [w for w in self.started if w.name.startswith(name + ".")][-1]
+
+    def states(self) -> dict[str, str]:
+        return {actor["id"]: actor["state"] for actor in self.crew.status.actors}
+
+
+Make = Callable[..., Stage]
+
+
+@pytest.fixture
+def make() -> Make:
+    def build(size: int = 2, limit: int = 3, **traits: Any) -> Stage:
+        clock, started, said = Clock(), [], []
+
+        def start(name: str, incarnation: int) -> FakeWorker:
+            started.append(FakeWorker(f"{name}.{incarnation}", **traits))
+            return started[-1]
+
+        watch = CrashWatch(limit, window_s=600.0)
+        crew = Crew("rollout", start, size, LIMITS, watch, said.append, clock=clock)
+        return Stage(crew, clock, started, said, watch)
+
+    return build
+
+
+def test_work_goes_to_whoever_is_free(make: Make) -> None:
+    stage = make()
+    done = stage.crew.submit([("generate", (i,)) for i in range(3)])
+    stage.turns()
+    assert stage.states() == {"rollout-0": "HEALTHY", "rollout-1": "HEALTHY"}
+    fast, slow = stage.worker("rollout-0"), stage.worker("rollout-1")
+    fast.answer()
+    stage.turns()
+    fast.answer()
+    stage.turns()
+    assert len(slow.calls) == 1
+    slow.answer()
+    stage.turns()
+    assert done.result(0) == [("generate", 0), ("generate", 1), ("generate", 2)]
+    assert {a["id"]: a["completed"] for a in stage.crew.status.actors} == {
+        "rollout-0": 2,
+        "rollout-1": 1,
+    }
+
+
+def test_a_dead_process_is_replaced_at_once_and_its_work_done_by_another(make: Make) -> None:
+    stage = make()
+    done = stage.crew.submit([("generate", (i,)) for i in range(2)])
+    stage.turns()
+    first = stage.worker("rollout-0")
+    first.die()
+    stage.worker("rollout-1").answer()
+    stage.turns(1)
+    assert first.killed
+    stage.turns(2)
+    assert [w.name for w in stage.started] == ["rollout-0.0", "rollout-1.0", "rollout-0.1"]
+    again = stage.worker("rollout-1")  # free before the new one is there
+    assert again.calls[-1][:2] == ("generate", (0,))  # the same work, seeds and all
+    again.answer()
+    stage.turns()
+    assert done.result(0) == [("generate", 0), ("generate", 1)]
+    assert "rollout-0.0 killed; its work goes to another" in stage.said
+    assert stage.states() == {"rollout-0": "HEALTHY", "rollout-1": "HEALTHY"}
+
+
+def test_a_hung_worker_is_suspected_then_dead_and_its_late_answer_ignored(make: Make) -> None:
+    stage = make()
+    done = stage.crew.submit([("generate", ("a",)), ("generate", ("b",))])
+    stage.turns()
+    hung = stage.worker("rollout-0")
+    hung.alive = False  # SIGSTOP: no word, no end
+    stage.turns(4, seconds=1.8)
+    assert stage.states()["rollout-0"] == "SUSPECT"
+    assert not hung.killed
+    stage.turns(3, seconds=1.8)
+    assert hung.killed
+    stage.worker("rollout-1").answer()
+    stage.turns(3)
+    other = next(w for w in stage.started if not w.killed and w.calls and not w.calls[-1][2].done())
+    hung.answer()  # it woke up and answers after all
+    stage.turns()
+    assert not done.done()
+    other.answer()
+    stage.turns()
+    assert done.result(0) == [("generate", "a"), ("generate", "b")]
+    assert "rollout-0 did not answer within 10 s; its work goes to another" in stage.said
+
+
+def test_a_suspect_gets_no_new_work(make: Make) -> None:
+    stage = make()
+    stage.turns()
+    stage.worker("rollout-0").alive = False
+    stage.turns(4, seconds=1.8)
+    stage.crew.submit([("generate", (i,)) for i in range(3)])
+    stage.turns()
+    assert stage.worker("rollout-0").calls == []
+
+
+def test_a_pause_of_the_driver_itself_kills_nobody(make: Make) -> None:
+    stage = make()
+    stage.turns()
+    stage.clock.now += 1000.0
+    stage.turns()
+    assert len(stage.started) == 2
+    assert set(stage.states().values()) == {"HEALTHY"}
+
+
+def test_work_that_never_ends_is_given_to_another(make: Make) -> None:
+    stage = make()
+    stage.crew.submit([("generate", (1,))])
+    stage.turns(45, seconds=1.5)
+    assert "(cluster.timeout_s); its work goes to another" in stage.said[0]
+    assert stage.worker("rollout-1").calls[0][:2] == ("generate", (1,))
+
+
+def test_one_that_does_not_start_in_time_is_replaced(make: Make) -> None:
+    stage = make(size=1)
+    stage.worker("rollout-0").alive = False
+    stage.turns(42, seconds=1.5)
+    assert stage.said == ["rollout-0 did not start within 60 s"]
+    assert len(stage.started) == 2
+
+
+def test_added_workers_help_and_removed_ones_finish_first(make: Make) -> None:
+    stage = make(size=2)
+    done = stage.crew.submit([("generate", (i,)) for i in range(4)])
+    stage.turns()
+    stage.crew.resize(3)
+    stage.turns()
+    assert [w.name for w in stage.started] == ["rollout-0.0", "rollout-1.0", "rollout-2.0"]
+    assert stage.worker("rollout-2").calls
+    stage.crew.resize(1)
+    stage.turns()
+    assert stage.states() == {
+        "rollout-0": "HEALTHY",
+        "rollout-1": "RETIRED",
+        "rollout-2": "RETIRED",
+    }
+    assert stage.crew.size == 1
+    leaving = [stage.worker("rollout-1"), stage.worker("rollout-2")]
+    for worker in leaving:
+        worker.answer()
+    stage.turns()
+    assert all(worker.killed for worker in leaving)
+    assert stage.states() == {"rollout-0": "HEALTHY"}
+    for _ in range(2):
+        stage.worker("rollout-0").answer()
+        stage.turns()
+    assert done.result(0) == [("generate", i) for i in range(4)]
+
+
+def test_bad_input_fails_its_job_and_nobody_else(make: Make) -> None:
+    stage = make(size=1)
+    bad, good = stage.crew.submit([("generate", ("bad",))]), stage.crew.submit([("score", ())])
+    stage.turns()
+    worker = stage.worker("rollout-0")
+    worker.calls[0][2].set_exception(UserError("decoding.gen_length: no"))
+    stage.turns()
+    with pytest.raises(UserError, match="gen_length"):
+        bad.result(0)
+    worker.answer()
+    stage.turns()
+    assert good.result(0) == [("score",)]
+    assert len(stage.started) == 1
+
+
+def test_bad_input_found_at_the_start_ends_it(make: Make) -> None:
+    stage = make(problem=UserError("model.path: nothing there"))
+    work = stage.crew.submit([("generate", ())])
+    stage.turns()
+    with pytest.raises(UserError, match=r"model\.path"):
+        stage.crew._ready.result(0)
+    with pytest.raises(UserError, match=r"model\.path"):
+        work.result(0)
+
+
+def test_a_worker_that_fails_over_and_over_stops_the_run_with_the_first_cause(make: Make) -> None:
+    stage = make(size=1)
+    done = stage.crew.submit([("generate", ())])
+    for number in range(3):
+        stage.turns(6, seconds=1.0)
+        error = WorkerFailed(f"rollout-0 failed: {number}", f"Traceback ...\nValueError: {number}")
+        stage.worker("rollout-0").calls[-1][2].set_exception(error)
+        stage.turns(1)
+    with pytest.raises(InfrastructureError) as caught:
+        done.result(0)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("piece 0 of rollout failed 3 times without a finished step between")
+    assert lines[1:4] == ["root cause, the first failure:", "Traceback ...", "ValueError: 0"]
+    assert lines[4] == "rollout-0 (pid 1011, node here): rollout-0 failed: 0"
+    assert lines[5] == "log file: rollout-0.0.log"
+    later = stage.crew.submit([("generate", ())])
+    stage.turns()
+    with pytest.raises(InfrastructureError, match="piece 0 of rollout failed 3 times"):
+        later.result(0)
+
+
+def test_finished_steps_between_make_it_no_loop(make: Make) -> None:
+    stage = make(size=1)
+    done = stage.crew.submit([("generate", ())])
+    for _ in range(5):
+        stage.turns(12, seconds=1.0)
+        stage.worker("rollout-0").die()
+        stage.turns(1)
+        stage.watch.progress()
+    stage.turns(12, seconds=1.0)
+    stage.worker("rollout-0").answer()
+    stage.turns()
+    assert done.result(0) == [("generate",)]
+
+
+def test_a_node_that_dies_with_many_workers_is_no_loop(make: Make) -> None:
+    stage = make(size=8)
+    done = stage.crew.submit([("generate", (i,)) for i in range(8)])
+    stage.turns()
+    for worker in list(stage.started):
+        worker.die()
+    stage.turns(6, seconds=1.0)
+    for worker in stage.started[8:]:
+        worker.answer()
+    stage.turns()
+    assert done.result(0) == [("generate", i) for i in range(8)]
+
+
+def test_an_added_worker_that_cannot_start_does_not_end_the_run(make: Make) -> None:
+    stage = make(size=1)
+    stage.turns()
+    stage.crew.resize(2)
+    for _ in range(60):
+        for worker in stage.started:
+            if worker.name.startswith("rollout-1"):
+                worker.problem = WorkerFailed("rollout-1 died: no such file")
+        stage.turns(1, seconds=1.0)
+    assert stage.states() == {"rollout-0": "HEALTHY"}
+    assert any("rollout-1 is given up" in text for text in stage.said)
+    done = stage.crew.submit([("generate", ())])
+    stage.turns()
+    stage.worker("rollout-0").answer()
+    stage.turns()
+    assert done.result(0) == [("generate",)]
+
+
+def test_dropped_and_held_work(make: Make) -> None:
+    stage = make(size=1)
+    old = stage.crew.submit([("generate", ("old",))])
+    stage.turns()
+    stage.crew.drop(InfrastructureError("dropped"))
+    stage.crew.hold(True)
+    new = stage.crew.submit([("generate", ("new",))])
+    stage.turns()
+    with pytest.raises(InfrastructureError, match="dropped"):
+        old.result(0)
+    worker = stage.worker("rollout-0")
+    worker.answer()
+    stage.turns()
+    assert len(worker.calls) == 1
+    stage.crew.hold(False)
+    stage.turns()
+    worker.answer()
+    stage.turns()
+    assert new.result(0) == [("generate", "new")]
+
+
+def test_work_that_nobody_can_do_ends_with_who_is_there(make: Make) -> None:
+    stage = make(size=1, limit=99)
+    stage.turns()
+    stage.worker("rollout-0").alive = False
+    work = stage.crew.submit([("generate", ())])
+    for _ in range(130):
+        stage.turns(1, seconds=1.0)
+        stage.started[-1].alive = False
+    with pytest.raises(InfrastructureError, match=r"not done within 120 s.*rollout-0 (STALE|DEAD)"):
+        work.result(0)
+
+
+def test_the_thread_serves_and_ends(make: Make) -> None:
+    stage = make(size=2, answers=True)
+    stage.crew._clock = time.monotonic
+    stage.crew.open().result(10)
+    assert len(stage.crew.submit([("generate", (i,)) for i in range(5)]).result(10)) == 5
+    stage.crew.close()
+    assert all(worker.killed for worker in stage.started)
+
+
+# Vitals and the watch by themselves
+
+
+def test_states_in_time() -> None:
+    vitals = Vitals(LIMITS, now=0.0)
+    assert [vitals.state(t) for t in (0, 60, 61)] == [State.STALE, State.STALE, State.DEAD]
+    vitals.beat(10.0)
+    found = [vitals.state(10.0 + t) for t in (0, 5, 5.1, 10, 10.1)]
+    assert found == [State.HEALTHY, State.HEALTHY, State.SUSPECT, State.SUSPECT, State.DEAD]
+    vitals.leaving = True
+    assert vitals.state(11.0) is State.RETIRED
+    assert vitals.state(30.0) is State.DEAD
+
+
+def test_old_failures_are_forgotten() -> None:
+    watch = CrashWatch(2, window_s=10.0)
+    failure = Failure("a", 1, "n", "a.log", "gone", "trace")
+    assert watch.failed(failure, ["a"], 0.0) is None
+    assert watch.failed(failure, ["b"], 5.0) is None
+    assert watch.failed(failure, ["a"], 10.5) is None
+    assert watch.failed(failure, ["a"], 12.0) == "a"
+    assert watch.total == 4
+
+
+def test_every_failure_is_written_down(tmp_path: Path) -> None:
+    watch = CrashWatch(2, 10.0, tmp_path / "logs" / "failures.log")
+    watch.failed(Failure("rollout-1", 1, "n", "a.log", "gone", "Traceback\nE: x"), ["a"], 0.0)
+    lines = (tmp_path / "logs" / "failures.log").read_text().splitlines()
+    assert lines[0].endswith(" Traceback")
+    assert lines[1:4] == ["E: x", "rollout-1 (pid 1, node n): gone", "log file: a.log"]
+
+
+# The gang
+
+
+@pytest.fixture
+def gang_of() -> Callable[..., tuple[Gang, list[list[FakeWorker]], Clock]]:
+    def build(size: int = 2, limit: int = 3) -> tuple[Gang, list[list[FakeWorker]], Clock]:
+        clock, lives = Clock(), []
+
+        def start(life: int) -> list[FakeWorker]:
+            lives.append([FakeWorker(f"learner-{i}.{life}", answers=True) for i in range(size)])
+            return lives[-1]
+
+        limits = Limits(heartbeat_s=0.02, dead_after_s=10.0, start_s=60.0)
+        watch = CrashWatch(limit, window_s=600.0)
+        gang = Gang(start, lambda gang: None, limits, watch, clock=clock)
+        gang.meet()
+        return gang, lives, clock
+
+    return build
+
+
+def test_all_ranks_are_called_together(gang_of: Any) -> None:
+    gang, lives, _ = gang_of()
+    assert gang.call("update", 1) == ["learner-0.0 update", "learner-1.0 update"]
+    assert [fact.pid for fact in gang.facts] == [1011, 1011]
+
+
+def test_one_dead_rank_loses_the_gang_and_is_named(gang_of: Any) -> None:
+    gang, lives, _ = gang_of()
+    peer, dead = lives[0]
+    peer.answers = dead.answers = False
+
+    def broken(method: str, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(WorkerFailed("learner-0 failed in `update`: connection reset by peer"))
+        return future
+
+    def died(method: str, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(WorkerFailed("learner-1 failed in `update`: killed", died=True))
+        return future
+
+    peer.call, dead.call = broken, died  # type: ignore[method-assign]
+    with pytest.raises(LearnerLost, match="learner-1 failed in `update`: killed"):
+        gang.call("update", 1)
+    gang.rebuild()
+    assert all(worker.killed for worker in lives[0])
+    assert gang.call("update", 1) == ["learner-0.1 update", "learner-1.1 update"]
+
+
+def test_bad_input_of_a_rank_is_bad_input(gang_of: Any) -> None:
+    gang, lives, _ = gang_of(size=1)
+
+    def refuse(method: str, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(UserError("engine: no"))
+        return future
+
+    lives[0][0].call = refuse  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="engine: no"):
+        gang.call("update", 1)
+
+
+def test_a_silent_rank_is_lost_after_its_deadline(gang_of: Any) -> None:
+    gang, lives, clock = gang_of()
+    hung = lives[0][1]
+    hung.answers = hung.alive = False
+
+    class Ticking(Clock):
+        def __call__(self) -> float:
+            self.now += 0.01
+            return self.now
+
+    gang._clock = Ticking(clock.now)
+    with pytest.raises(LearnerLost, match=r"learner-1 did not answer within 10 s in `update`"):
+        gang.call("update", 1)
+
+
+def test_a_learner_that_dies_over_and_over_stops_the_run(gang_of: Any) -> None:
+    gang, lives, _ = gang_of(size=1)
+    for _ in range(2):
+        lives[-1][0].answers = False
+
+        def die(method: str, *args: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_exception(WorkerFailed("learner-0 failed", "Traceback\nOOM", died=True))
+            return future
+
+        lives[-1][0].call = die  # type: ignore[method-assign]
+        with pytest.raises(LearnerLost):
+            gang.call("update", 1)
+        gang.rebuild()
+    lives[-1][0].call = die  # type: ignore[method-assign]
+    with pytest.raises(InfrastructureError) as caught:
+        gang.call("update", 1)
+    assert not isinstance(caught.value, LearnerLost)
+    assert "root cause, the first failure:\nTraceback\nOOM" in str(caught.value)
