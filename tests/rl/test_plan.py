@@ -117,7 +117,8 @@ def test_the_learners_state_by_hand() -> None:
 
 def test_what_is_offloaded_lies_on_the_host() -> None:
     """The optimizer's 12 / 4 bytes a parameter; the reference's 2, which visits before training."""
-    config, shape = shipped("stable_diffcoder_8b", "engine.zero_stage=3")
+    here = ("engine.zero_stage=3", "engine.offload_reference=false")
+    config, shape = shipped("stable_diffcoder_8b", *here)
     kept = learner(config, shape, gpu=True)
     config, _ = shipped("stable_diffcoder_8b", "engine.zero_stage=3", *HOST)
     moved = learner(config, shape, gpu=True)
@@ -274,6 +275,13 @@ def test_asynchronous_roles_overlap() -> None:
 
 
 # What fits
+
+
+@pytest.mark.parametrize("name", ["diffucoder_7b", "stable_diffcoder_8b"])
+def test_shipped_settings_fit_the_gpus_they_name(name: str) -> None:
+    assert misfits(*shipped(name), 8, 80) == []
+    crowded = misfits(*shipped(name, "engine.offload_reference=false"), 8, 80)
+    assert any("learner: needs" in line for line in crowded)
 
 
 def test_what_does_not_fit_and_what_to_change() -> None:
