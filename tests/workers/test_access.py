@@ -119,7 +119,9 @@ import json, os, sys
 import psutil
 from functools import partial
 from pathlib import Path
-from workers.placement import connect, launch, ray, wait
+from workers.access import ray
+from workers.nodes import connect
+from workers.placement import launch, wait
 class Parrot:
     def environment(self):
         return dict(os.environ)
@@ -142,7 +144,8 @@ if __name__ == "__main__":
 JOIN = """
 import sys
 from common.exits import exit_codes
-from workers.placement import connect, ray
+from workers.access import ray
+from workers.nodes import connect
 with exit_codes():
     connect(sys.argv[1], logical_cpus=1, weight_bytes=0)
     print("joined", len(ray.nodes()))
