@@ -110,9 +110,13 @@ def _convert(folder: Path, whole: Path) -> str | None:
 
 
 def whole_weights(folder: Path) -> dict[str, Tensor]:
-    """All parameters of a checkpoint in float32 (bf16: of its masters), by the module's names."""
+    """All parameters of a checkpoint by the module's names.
+
+    Below ZeRO-3 as the forward pass uses them; ZeRO-3, which divides them, gives the optimizer's
+    float32 masters.
+    """
     with _silence(), data_only():
-        if is_replicated(folder):
+        if (folder / REPLICA).is_file():
             state = torch.load(folder / REPLICA, map_location="cpu", weights_only=True, mmap=True)
             return dict(state["module"])
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

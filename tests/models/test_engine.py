@@ -271,6 +271,7 @@ class _Bomb:
         ("torch", 0, "torch_engine.pt"),
         ("deepspeed", 0, "*_model_states.pt"),
         ("deepspeed", 1, "*_optim_states.pt"),
+        ("deepspeed", 3, "*_optim_states.pt"),
     ],
 )
 def test_a_checkpoint_runs_no_code(tmp_path: Path, kind: str, stage: int, file: str) -> None:
@@ -283,8 +284,9 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, kind: str, stage: int, file: 
     torch.save(state | {"extra": _Bomb(trap)}, path)
     with pytest.raises(UnpicklingError):
         engine.load(tmp_path / "policy")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_policy(tmp_path / "policy")
+    if stage != 1:  # below ZeRO-3 an export needs the module alone
+        with pytest.raises(UserError, match="cannot be read"):
+            read_policy(tmp_path / "policy")
     assert not trap.exists()
     torch.load(path, weights_only=False)
     assert trap.exists()  # it was armed
