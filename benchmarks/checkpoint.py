@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder
 
+from benchmarks.lib.record import record  # noqa: E402
 from common.integrity import find_damage, flush  # noqa: E402
 from diffusion.layout import TokenRows  # noqa: E402
 from models.engine import Engine, EngineConfig, OptimConfig, make_engine  # noqa: E402
@@ -134,15 +134,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         rows = rows_of(options.mib, Path(folder))
     if options.json:
-        commit = subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.strip()
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        record = {"name": "checkpoint", "machine": machine, "commit": commit, "rows": rows}
-        print(json.dumps(record))
+        print(json.dumps(record("checkpoint", machine, rows)))
         return
     print(
         f"state of 3 x {options.mib} MiB; reference: torch.save and fsync, which training waits for"

@@ -18,7 +18,6 @@ import gc
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -35,6 +34,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from benchmarks.lib.gpu_shapes import EOS, SHAPES, Shape, build, pass_flops, random_ids  # noqa: E402
+from benchmarks.lib.record import record  # noqa: E402
 from diffusion.layout import Sequence as Tokens  # noqa: E402
 from diffusion.layout import TokenRows  # noqa: E402
 from diffusion.likelihood import estimate_logps  # noqa: E402
@@ -101,7 +101,7 @@ class Bench:
         self.rows.append(row)
         print(line(row), file=sys.stderr, flush=True)
         if self.out is not None:
-            self.out.write_text(json.dumps(record(self)) + "\n")
+            self.out.write_text(json.dumps(found_so_far(self)) + "\n")
 
     def sizes(self, name: Row, batches: Sequence[int], work: Callable[[int], None]) -> None:
         """`work(batch)` for growing batches, until time or memory ends; both are rows."""
@@ -253,17 +253,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
-def record(bench: Bench) -> dict[str, Any]:
+def found_so_far(bench: Bench) -> dict[str, Any]:
     """The common format of the benchmarks."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        done = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False)
-        commit = done.stdout.strip()
-    except FileNotFoundError:  # a bare GPU machine
-        commit = ""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     machine = f"{device_name(bench.device)}, {versions}"
-    return {"name": "gpu", "machine": machine, "commit": commit, "rows": bench.rows}
+    return record("gpu", machine, bench.rows)
 
 
 def line(row: Row) -> str:
@@ -342,7 +336,7 @@ def main() -> int:
 
 def show(bench: Bench, as_json: bool) -> None:
     """Everything at the end, on stdout."""
-    found = record(bench)
+    found = found_so_far(bench)
     if as_json:
         print(json.dumps(found))
         return

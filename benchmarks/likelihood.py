@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.lib.record import commit, record  # noqa: E402
 from diffusion.layout import Sequence, TokenRows  # noqa: E402
 from diffusion.likelihood import estimate_logps  # noqa: E402
 from diffusion.masking import coupled_masks, generator  # noqa: E402
@@ -190,16 +191,12 @@ def main() -> None:
         child(options.child[0], *(int(n) for n in options.child[1:]))
         return
     rows = table(options)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     cores = len(os.sched_getaffinity(0))
     machine = f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads"
     if options.json:
-        record = {"name": "likelihood", "machine": machine, "commit": commit, "rows": rows}
-        print(json.dumps(record))
+        print(json.dumps(record("likelihood", machine, rows)))
         return
-    print(f"likelihood on {machine}, commit {commit}, V = {VOCABULARY}")
+    print(f"likelihood on {machine}, commit {commit()}, V = {VOCABULARY}")
     print(f"{'case':22}{'metric':20}{'unit':6}{'ours':>12}{'reference':>12}{'ratio':>9}")
     for r in rows:
         print(

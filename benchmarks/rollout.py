@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ import matplotlib  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from benchmarks.lib.record import commit, record  # noqa: E402
 from common.records import Group, Rollout  # noqa: E402
 from models.checkpoint import load_checkpoint, new_model  # noqa: E402
 from models.decoding import Decoder  # noqa: E402
@@ -359,20 +359,12 @@ def main() -> None:
         table += CASES[name](options)
     if options.plot and "threshold" in options.cases.split(",") and "threshold" not in absent:
         plot_thresholds(table, options.plot)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     machine = f"{platform.machine()}, {cores} cores, {threads} threads, torch {torch.__version__}"
     if options.json:
-        record = {"name": "rollout", "machine": machine, "commit": commit, "rows": table}
-        print(json.dumps(record | {"absent": absent}))
+        print(json.dumps(record("rollout", machine, table, absent=absent)))
         return
-    print(f"rollout on {machine}, commit {commit}")
+    print(f"rollout on {machine}, commit {commit()}")
     print(f"{'case':32}{'metric':18}{'unit':14}{'ours':>10}{'reference':>12}{'ratio':>9}")
     for r in table:
         names = f"{r['case']:32}{r['metric']:18}{r['unit']:14}"

@@ -31,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder: this file bears the package's name
 
+from benchmarks.lib.record import commit, record  # noqa: E402
 from sandbox.records import Case, Limits  # noqa: E402
 from sandbox.service import Sandbox  # noqa: E402
 
@@ -296,20 +297,13 @@ def main() -> None:
     options = parser.parse_args()
     found, absent, zygote = measure(options)
     table = rows(found, zygote)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     cores = len(os.sched_getaffinity(0))
     machine = f"{platform.machine()}, {cores} cores, Python {platform.python_version()}"
     if options.json:
-        record = {"name": "sandbox", "machine": machine, "commit": commit, "rows": table}
-        print(json.dumps(record | {"absent": absent, "workers": options.workers}))
+        found_here = {"absent": absent, "workers": options.workers}
+        print(json.dumps(record("sandbox", machine, table, **found_here)))
         return
-    print(f"sandbox on {machine}, commit {commit}, {options.workers} workers")
+    print(f"sandbox on {machine}, commit {commit()}, {options.workers} workers")
     print(f"{'case':14}{'metric':18}{'unit':18}{'ours':>10}{'reference':>12}{'ratio':>9}")
     for r in table:
         print(

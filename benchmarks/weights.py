@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from benchmarks.lib.record import commit, record  # noqa: E402
 from models.engine import BUCKET_BYTES  # noqa: E402
 from workers.broadcast import BroadcastWeightStore, Patience  # noqa: E402
 from workers.placement import Actor, launch, ray, wait  # noqa: E402
@@ -232,16 +232,12 @@ def main() -> None:
 
 def report(rows: list[Row], absent: dict[str, str], as_json: bool) -> None:
     """To stdout."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     machine = f"{platform.machine()}, {cores} cores, load {load:.1f} at the end"
     if as_json:
-        record = {"name": "weights", "machine": machine, "commit": commit, "rows": rows}
-        print(json.dumps(record | {"absent": absent}))
+        print(json.dumps(record("weights", machine, rows, absent=absent)))
         return
-    print(f"weights on {machine}, commit {commit}; the reference is a memcpy")
+    print(f"weights on {machine}, commit {commit()}; the reference is a memcpy")
     print(f"{'case':28}{'metric':10}{'unit':6}{'ours':>10}{'reference':>12}{'ratio':>8}")
     for r in rows:
         names = f"{r['case']:28}{r['metric']:10}{r['unit']:6}"
