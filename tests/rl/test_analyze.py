@@ -13,9 +13,6 @@ from typer.testing import CliRunner
 
 import rl.analyze
 from common.records import Group, Score, Scored
-from models.checkpoint import new_model, save_checkpoint
-from models.spec import DiffusionSpec
-from models.tokenizer import train_tokenizer
 from rl.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,27 +20,14 @@ Folder = Callable[..., Path]
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Folder:
+def checkpoint(tmp_path: Path, write_checkpoint: Folder) -> Folder:
     def make(attention: str = "block_causal", block_size: int | None = 4) -> Path:
-        tokenizer = train_tokenizer(["def f(x):\n    return x\n"], vocab_size=262)
-        architecture = {
-            "model_type": "qwen2",
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "initializer_range": 0.3,
-        }
-        spec = DiffusionSpec(
-            mask_token_id=int(tokenizer.mask_token_id),
-            logit_shift=False,
-            attention=attention,  # type: ignore[arg-type]
+        return write_checkpoint(
+            tmp_path / attention,
+            attention=attention,
             block_size=block_size,
+            initializer_range=0.3,
         )
-        save_checkpoint(tmp_path / attention, new_model(architecture, 0), tokenizer, spec)
-        return tmp_path / attention
 
     return make
 

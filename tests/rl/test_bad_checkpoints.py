@@ -11,9 +11,7 @@ from typer.testing import CliRunner
 import rl.commands
 import rl.evaluate
 import rl.train
-from models.checkpoint import new_model, save_checkpoint
 from models.spec import DiffusionSpec
-from models.tokenizer import train_tokenizer
 from rl.cli import app
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "rl" / "tiny_cpu.yaml")
@@ -21,25 +19,9 @@ COMMANDS = ("train", "evaluate", "generate")
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def good(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Callable[..., Path]) -> Path:
     """Two layers, keys and values, 2 heads of 8 numbers of 4 bytes: 256 bytes a token."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "good"
-    tokenizer = train_tokenizer(["def f(x):\n    return x + 1\n"] * 3, vocab_size=262)
-    architecture = {
-        "model_type": "qwen2",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    mask = int(tokenizer.mask_token_id)
-    spec = DiffusionSpec(
-        mask_token_id=mask, logit_shift=False, attention="block_causal", block_size=4
-    )
-    save_checkpoint(folder, new_model(architecture, seed=0), tokenizer, spec)
-    return folder
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "good")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """pass@1, intervals and pass@k on cases small enough to work out by hand."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -13,10 +13,7 @@ import rl.evaluate
 from common.errors import UserError
 from common.records import Completion, Group, Problem, Rollout, Score, Scored
 from common.seeding import derive_seed
-from models.checkpoint import new_model, save_checkpoint
 from models.decoding import DecodingConfig
-from models.spec import DiffusionSpec
-from models.tokenizer import train_tokenizer
 from rl.estimates import (
     bootstrap,
     difference,
@@ -103,23 +100,8 @@ def test_mean_pass_at_k() -> None:
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    tokenizer = train_tokenizer(["def f(x):\n    return x\n"], vocab_size=262)
-    architecture = {
-        "model_type": "qwen2",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    mask = int(tokenizer.mask_token_id)
-    spec = DiffusionSpec(
-        mask_token_id=mask, logit_shift=False, attention="block_causal", block_size=4
-    )
-    save_checkpoint(tmp_path / "model", new_model(architecture, 0), tokenizer, spec)
-    return tmp_path / "model"
+def checkpoint(tmp_path: Path, write_checkpoint: Callable[..., Path]) -> Path:
+    return write_checkpoint(tmp_path / "model")
 
 
 class EvenLength:

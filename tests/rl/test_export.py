@@ -1,5 +1,6 @@
 """`unmask export`: equal to what the learner itself would export, from any kind of shards."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ from typer.testing import CliRunner
 from common.errors import UserError
 from common.progress import SilentProgress
 from common.records import Completion, Group, Problem, Rollout, Score
-from models.checkpoint import load_checkpoint, new_model, save_checkpoint
+from models.checkpoint import load_checkpoint
 from models.engine import EngineConfig, OptimConfig
 from models.outline import load_outline
 from models.spec import DiffusionSpec
-from models.tokenizer import train_tokenizer
 from rl.checkpoint import Checkpoints, RunState
 from rl.cli import app
 from rl.export import export_step, exported_step
@@ -27,28 +27,13 @@ from workers.weights import LocalWeightStore
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def sft(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+def sft(
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+    write_checkpoint: Callable[..., Path],
+) -> Path:
     folder = tmp_path_factory.mktemp("sft")
-    tokenizer = train_tokenizer(["def f(x):\n    return x + 1\n"] * 3, vocab_size=262)
-    architecture = {
-        "model_type": "qwen2",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": request.param,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    spec = DiffusionSpec(
-        mask_token_id=int(tokenizer.mask_token_id),
-        logit_shift=True,
-        attention="block_causal",
-        block_size=4,
-    )
-    save_checkpoint(folder, new_model(architecture, seed=0), tokenizer, spec)
-    return folder
+    return write_checkpoint(folder, logit_shift=True, tie_word_embeddings=request.param)
 
 
 def groups() -> list[Group]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from common.records import Problem
-from models.checkpoint import new_model, save_checkpoint
 from models.outline import load_outline
-from models.spec import DiffusionSpec
-from models.tokenizer import load_tokenizer, train_tokenizer
+from models.tokenizer import load_tokenizer
 from rl.origin import Origin, read_origin
 
 PROBLEMS = [Problem("a", "add"), Problem("b", "subtract")]
@@ -24,31 +23,9 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def make_model(folder: Path, block_size: int = 4, **changes: Any) -> Path:
-    tokenizer = train_tokenizer(["def f(x):\n    return x + 1\n"] * 3, vocab_size=262)
-    architecture = {
-        "model_type": "qwen2",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "eos_token_id": tokenizer.eos_token_id,
-    } | changes
-    spec = DiffusionSpec(
-        mask_token_id=int(tokenizer.mask_token_id),
-        logit_shift=False,
-        attention="block_causal",
-        block_size=block_size,
-    )
-    save_checkpoint(folder, new_model(architecture, seed=0), tokenizer, spec)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "sft")
+def model(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Callable[..., Path]) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "sft")
 
 
 @pytest.fixture
@@ -84,9 +61,13 @@ def test_a_moved_model_is_the_same_model(model: Path, checkpoint: Path, tmp_path
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_another_model(
-    checkpoint: Path, tmp_path: Path, changes: dict[str, Any], named: str
+    checkpoint: Path,
+    tmp_path: Path,
+    write_checkpoint: Callable[..., Path],
+    changes: dict[str, Any],
+    named: str,
 ) -> None:
-    other = make_model(tmp_path / "other", **changes)
+    other = write_checkpoint(tmp_path / "other", **changes)
     with pytest.raises(UserError, match="checkpoint of another model") as caught:
         Origin.of(CONFIG, load_outline(other), PROBLEMS).check(checkpoint)
     assert "\n" not in str(caught.value)

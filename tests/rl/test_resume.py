@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,7 @@ import yaml
 
 from common.metrics import METRICS_FILE, JsonlSink, read_metrics
 from common.progress import SilentProgress
-from models.checkpoint import load_checkpoint, new_model, save_checkpoint
-from models.spec import DiffusionSpec
-from models.tokenizer import train_tokenizer
+from models.checkpoint import load_checkpoint
 from rl.checkpoint import Checkpoints, read_state
 from rl.config import load_train_config
 from rl.train import prepare
@@ -46,29 +44,10 @@ def chance(prompts, completions, **columns):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Callable[..., Path]) -> Path:
     """A folder with a model of 2 layers and a config of 10 steps."""
     folder = tmp_path_factory.mktemp("exact")
-    tokenizer = train_tokenizer(["def f(x):\n    return x + 1\n"] * 3, vocab_size=262)
-    architecture = {
-        "model_type": "qwen2",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 256,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    spec = DiffusionSpec(
-        mask_token_id=int(tokenizer.mask_token_id),
-        logit_shift=False,
-        attention="block_causal",
-        block_size=4,
-    )
-    save_checkpoint(folder / "sft", new_model(architecture, seed=0), tokenizer, spec)
+    write_checkpoint(folder / "sft", tie_word_embeddings=True, max_position_embeddings=256)
     rows = [
         {"prompt": f"Add {n}.", "tests": [f"assert f(1) == {n + 1}"], "problem_id": f"p{n}"}
         for n in range(6)

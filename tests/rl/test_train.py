@@ -18,7 +18,7 @@ from common.errors import InfrastructureError, UserError
 from common.integrity import find_damage
 from common.metrics import read_metrics
 from common.progress import SilentProgress
-from models.checkpoint import load_checkpoint, new_model, save_checkpoint
+from models.checkpoint import load_checkpoint
 from models.outline import load_outline
 from models.spec import DiffusionSpec
 from models.tokenizer import train_tokenizer
@@ -37,30 +37,11 @@ def chance(prompts, completions, **columns):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Callable[..., Path]
+) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "sft"
-    tokenizer = train_tokenizer(["def f(x):\n    return x + 1\n"] * 3, vocab_size=262)
-    architecture = {
-        "model_type": "qwen2",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-    }
-    spec = DiffusionSpec(
-        mask_token_id=int(tokenizer.mask_token_id),
-        logit_shift=False,
-        attention="block_causal",
-        block_size=4,
-    )
-    save_checkpoint(folder, new_model(architecture, seed=0), tokenizer, spec)
-    return folder
+    return write_checkpoint(folder, max_position_embeddings=256)
 
 
 @pytest.fixture
