@@ -1,7 +1,7 @@
 """Work beside the caller, and waiting for it no longer than is bearable. Not a pool of threads."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -56,3 +56,48 @@ def result_of(future: Future[T], what: str, timeout_s: float, limit: str) -> T:
         raise InfrastructureError(
             f"{what}: nothing within {limit}; see the logs under the run's logs/"
         ) from error
+
+
+def chained(future: Future[S], work: Callable[[S], Future[T]]) -> Future[T]:
+    """What becomes of the work that the result leads to; of an exception, the exception."""
+    out: Future[T] = Future()
+
+    def begin(done: Future[S]) -> None:
+        try:
+            then(work(done.result()), out.set_result).add_done_callback(pass_error)
+        except BaseException as error:  # handed to whoever asks the future
+            out.set_exception(error)
+
+    def pass_error(done: Future[None]) -> None:
+        error = done.exception()
+        if error is not None:
+            out.set_exception(error)
+
+    future.add_done_callback(begin)
+    return out
+
+
+def gathered(futures: Sequence[Future[T]]) -> Future[list[T]]:
+    """All results in their order; or, as soon as there is one, an exception."""
+    out: Future[list[T]] = Future()
+    lock, left = threading.Lock(), len(futures)
+
+    def note(done: Future[T]) -> None:
+        nonlocal left
+        error = done.exception()
+        with lock:
+            if left == 0:  # an exception has settled it
+                return
+            left = 0 if error is not None else left - 1
+            if left:
+                return
+        if error is not None:
+            out.set_exception(error)
+        else:
+            out.set_result([future.result() for future in futures])
+
+    for future in futures:
+        future.add_done_callback(note)
+    if not futures:
+        out.set_result([])
+    return out

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,7 @@ from models.engine import (  # noqa: E402
 from models.reshard import TAG, is_replicated, resharded  # noqa: E402
 from models.state_files import StateFiles  # noqa: E402
 
+T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
 
@@ -121,6 +122,14 @@ class DeepSpeedEngine:
         if self.world_size > 1:
             dist.all_reduce(total)
         return dict(zip(names, total.tolist(), strict=True))
+
+    def gather(self, mine: T) -> list[T]:
+        """See `models.engine.Engine`."""
+        if self.world_size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        return everyone
 
     def state_buckets(self, max_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
         """See `models.engine.Engine`. Gathers one bucket at a time, so no rank holds two models."""

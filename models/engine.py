@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from diffusion.layout import TokenRows
 from models.attention import AttentionChoice
 from models.state_files import StateFiles
 
+T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20
 META_FILE, TORCH_FILE = "engine.json", "torch_engine.pt"
 # What must be equal to go on; the number of ranks need not.
@@ -138,6 +139,10 @@ class Engine(Protocol):
 
     def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
         """Each value summed over all ranks; the keys must agree."""
+        ...
+
+    def gather(self, mine: T) -> list[T]:
+        """What every rank gave, in their order, on every rank. CPU tensors and plain objects."""
         ...
 
     def state_buckets(self, max_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
@@ -262,6 +267,10 @@ class TorchEngine:
     def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
         """See `Engine`."""
         return dict(values)
+
+    def gather(self, mine: T) -> list[T]:
+        """See `Engine`."""
+        return [mine]
 
     def state_buckets(self, max_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
         """See `Engine`."""

@@ -16,8 +16,9 @@ from diffusion.likelihood import EstimatorConfig, estimate_logps, forward_tokens
 from models.denoiser import Denoiser
 from models.request import Request
 
-# Forward tokens of one pass: bounds the memory of scoring.
+# Forward tokens of one pass: bounds the memory of scoring. Small ones stay in a CPU's cache.
 SCORE_TOKENS = 8192
+CPU_SCORE_TOKENS = 2048
 
 
 @torch.no_grad()
@@ -33,17 +34,20 @@ def with_behaviour_logps(
         for number, (request, completion) in enumerate(zip(requests, completions, strict=True))
         for seed in request.mask_seeds
     ]
+    # Like costs side by side: fewer padded places. Equal ones keep the order of their seeds.
+    jobs.sort(key=lambda job: forward_tokens(denoiser.spec, job[2], estimator))
     found: dict[int, list[tuple[float, ...]]] = {}
     device = next(denoiser.parameters()).device
+    budget = CPU_SCORE_TOKENS if device.type == "cpu" else SCORE_TOKENS
 
     def score(rows: TokenRows) -> torch.Tensor:
         return denoiser(rows.to(device))
 
     while jobs:
-        largest, count = 0, 0
-        for _, _, sequence in jobs:  # rows are padded to the largest of their pass
-            largest = max(largest, forward_tokens(denoiser.spec, sequence, estimator))
-            if count and largest * (count + 1) > SCORE_TOKENS:
+        count = 0
+        for _, _, sequence in jobs:  # rows are padded to the largest of their pass: the last one
+            largest = forward_tokens(denoiser.spec, sequence, estimator)
+            if count and largest * (count + 1) > budget:
                 break
             count += 1
         numbers, seeds, sequences = zip(*jobs[:count], strict=True)

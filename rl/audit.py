@@ -24,14 +24,16 @@ ROUNDING_S = 0.002
 class Audit:
     """What the two files say.
 
-    steps: settled without a gap from the first. planned, trained, dropped: samples of these
-    steps. in_flight: steps that are planned and not yet settled. lives: each begin's step and
-    cause. superseded: entries that a later life made void. violations: lines for people.
+    steps: settled without a gap from the first. planned, trained, recomputed (too old, and so
+    rolled out once more), dropped: samples of these steps. in_flight: steps that are planned and
+    not yet settled. lives: each begin's step and cause. superseded: entries that a later life made
+    void. violations: lines for people.
     """
 
     steps: int
     planned: int
     trained: int
+    recomputed: int
     dropped: dict[str, int]
     in_flight: list[int]
     lives: list[dict[str, Any]]
@@ -64,11 +66,12 @@ def _audit(path: Path, entries: list[dict[str, Any]], metrics: list[dict[str, An
     settled = [s for s, found in by_step.items() if any(e["event"] == "settled" for e in found)]
     done = max(settled, default=-1) + 1
     violations = _numbering(lives)
-    trained, dropped, planned = Counter[int](), Counter[str](), 0
+    trained, dropped, planned, recomputed = Counter[int](), Counter[str](), 0, 0
     for step in range(done):
         found = by_step.get(step, [])
         violations += [f"step {step}: {text}" for text in _step(found)]
         planned += sum(len(e["problems"]) * e["group_size"] for e in found if _is(e, "planned"))
+        recomputed += _recomputed(found)
         for entry in (e for e in found if _is(e, "settled")):
             trained[step] += len(_listed(entry["trained"]))
             for reason, samples in entry["dropped"].items():
@@ -78,6 +81,7 @@ def _audit(path: Path, entries: list[dict[str, Any]], metrics: list[dict[str, An
         steps=done,
         planned=planned,
         trained=trained.total(),
+        recomputed=recomputed,
         dropped=dict(sorted(dropped.items())),
         in_flight=sorted(step for step in by_step if step >= done),
         lives=[{key: life[key] for key in ("life", "step", "cause", "time")} for life in lives],
@@ -119,6 +123,8 @@ def _step(entries: Sequence[dict[str, Any]]) -> list[str]:
                 wrong.append(f"{problem} sample {index} {stage} but never planned")
             elif times != 1:
                 wrong.append(f"{problem} sample {index} {stage} {times} times")
+    again = Counter(s for e in entries if _is(e, "recomputed") for s in _listed(e["samples"]))
+    wrong += [f"{p} sample {i} recomputed but never planned" for p, i in sorted(again - wanted)]
     return wrong
 
 
@@ -127,6 +133,10 @@ def _samples_of(entry: dict[str, Any]) -> list[Sample]:
         return _listed(entry["samples"])
     dropped = [sample for samples in entry["dropped"].values() for sample in _listed(samples)]
     return _listed(entry["trained"]) + dropped
+
+
+def _recomputed(entries: Sequence[dict[str, Any]]) -> int:
+    return sum(len(_listed(entry["samples"])) for entry in entries if _is(entry, "recomputed"))
 
 
 def _listed(groups: Iterable[tuple[str, list[int]]]) -> list[Sample]:
@@ -154,12 +164,13 @@ def _against_metrics(
         entries = [e for e in by_step.get(step, []) if _is(e, "settled")]
         if len(entries) != 1:
             continue  # said already
+        again = _recomputed(by_step[step])
         record = records.get(step)
         if record is None or record["time"] < began[entries[0]["life"]]:
             if step + 1 < done:
                 wrong.append(f"step {step}: settled, but metrics.jsonl has no record of it")
             continue
-        wrong += [f"step {step}: {text}" for text in _counts(entries[0], record)]
+        wrong += [f"step {step}: {text}" for text in _counts(entries[0], again, record)]
     last = max(began.values(), default=0.0)
     wrong += [
         f"step {step}: metrics.jsonl has a record, but it was never settled"
@@ -169,13 +180,14 @@ def _against_metrics(
     return wrong
 
 
-def _counts(entry: dict[str, Any], record: dict[str, Any]) -> list[str]:
+def _counts(entry: dict[str, Any], recomputed: int, record: dict[str, Any]) -> list[str]:
     dropped = {reason: len(_listed(found)) for reason, found in entry["dropped"].items()}
     trained = len(_listed(entry["trained"]))
     pairs = {
         "batch/samples": trained,
         "completions/count": trained + sum(dropped.values()),
         "async/dropped_stale": dropped.get("stale", 0),
+        "async/recomputed_stale": recomputed,
     }
     return [
         f"metrics.jsonl says {name} {record[name]:g}, the ledger {count}"

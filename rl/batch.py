@@ -5,11 +5,12 @@ rank works out the same plan by itself and no rank needs to ask another.
 """
 
 import statistics
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.records import Completion, Group, Rollout, Score
+from common.records import Completion, Group, Problem, Rollout, Score, Scored
 from common.seeding import derive_seed
 from diffusion.arness import global_ar_ness, local_ar_ness
 from diffusion.layout import Sequence, decoded_sequence
@@ -20,21 +21,39 @@ AR_NESS_K = (1, 2, 4, 8)
 
 # What became of a sample: trained on, or why not.
 Fate = Literal["trained", "stale", "no_score", "no_spread", "too_few", "empty"]
+# What becomes of samples that are too old (`settle_stale`).
+StaleRule = Literal["drop", "recompute"]
+
+
+def mask_seed(seed: int, problem_id: str, sample_index: int, iteration: int) -> int:
+    """The seed of a sample's masks: made of names, never of counters or positions.
+
+    Args:
+        seed: that the completion was decoded by. It names the run and the step that the batch was
+            asked for, whenever it is used; so the worker that decodes knows the masks as well.
+    """
+    return derive_seed(seed, "mask", problem_id, sample_index, iteration)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion to train on."""
+    """One completion to train on.
+
+    seed: that it was decoded by. policy_version: of the weights that decoded it.
+    behaviour_logps: of `Completion`: under the masks of every iteration, or empty.
+    """
 
     problem_id: str
     sample_index: int
     sequence: Sequence
     advantage: float
+    seed: int = 0
     policy_version: int = 0
+    behaviour_logps: tuple[tuple[float, ...], ...] = ()
 
-    def mask_seed(self, run_seed: int, step: int, iteration: int) -> int:
-        """The seed of this sample's masks: made of names, never of counters or positions."""
-        return derive_seed(run_seed, "mask", step, self.problem_id, self.sample_index, iteration)
+    def mask_seed(self, iteration: int) -> int:
+        """See the function of this name."""
+        return mask_seed(self.seed, self.problem_id, self.sample_index, iteration)
 
 
 @dataclass(frozen=True)
@@ -110,7 +129,9 @@ def _sample(rollout: Rollout, advantage: float) -> Sample:
         rollout.sample_index,
         sequence_of(rollout),
         advantage,
+        rollout.seed,
         rollout.policy_version,
+        rollout.completion.behaviour_logps,
     )
 
 
@@ -153,6 +174,39 @@ def _pack(items: list[tuple[Sample, int]], budget: int) -> list[MicroBatch]:
     if current:
         out.append(MicroBatch(tuple(current)))
     return out
+
+
+def settle_stale(
+    scored: Scored,
+    version: int,
+    bound: int,
+    again: Callable[[List[Problem]], Scored] | None = None,
+) -> tuple[Scored, list[Group], dict[str, float]]:
+    """What there is to train on that is at most `bound` versions older than `version`.
+
+    Args:
+        again: rolls problems out once more, with the same seeds and the newest weights. A group
+            with a sample that is too old is then replaced as a whole; nothing of its tokens or
+            scores is kept. None drops such samples.
+
+    Returns:
+        The batch with its replacements, what of it is young enough, and counts.
+    """
+    too_old = [
+        any(version - rollout.policy_version > bound for rollout in group.rollouts)
+        for group in scored.groups
+    ]
+    recomputed = 0
+    if again is not None and any(too_old):
+        fresh = again([g.problem for g, old in zip(scored.groups, too_old, strict=True) if old])
+        recomputed = sum(len(group.rollouts) for group in fresh.groups)
+        new = iter(fresh.groups)
+        groups = [next(new) if old else g for g, old in zip(scored.groups, too_old, strict=True)]
+        names = scored.sums.keys() | fresh.sums.keys()
+        sums = {name: scored.sums.get(name, 0.0) + fresh.sums.get(name, 0.0) for name in names}
+        scored = Scored(groups, sums)
+    kept, metrics = drop_stale(scored.groups, version, bound)
+    return scored, kept, metrics | {"async/recomputed_stale": float(recomputed)}
 
 
 def drop_stale(

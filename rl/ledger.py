@@ -1,6 +1,7 @@
 """What became of every sample: `ledger.jsonl`, beside `metrics.jsonl`. Not the proof: `rl.audit`.
 
-One line for each thing that happens to a batch (planned, generated, scored, settled), by step,
+One line for each thing that happens to a batch (planned, generated, scored, perhaps recomputed,
+settled), by step,
 problem and sample index. A run that goes on from a checkpoint begins a new *life* at its step:
 whatever earlier lives wrote about that step and later ones stays in the file but counts no more.
 Every line names its life, so a late line of an earlier one cannot be taken for news.
@@ -70,19 +71,19 @@ class Life:
         names = [problem.problem_id for problem in problems]
         self._note("planned", step, problems=names, group_size=self.group_size)
 
-    def generated(self, step: int, groups: Sequence[Group]) -> None:
-        """These completions came back."""
-        self._note("generated", step, samples=_samples(groups))
+    def came(self, step: int, event: str, groups: Sequence[Group]) -> None:
+        """`event` has happened to these completions of a batch: to all of it, or to a part.
 
-    def scored(self, step: int, groups: Sequence[Group]) -> None:
-        """These came back from the reward workers (also those whose reward failed)."""
-        self._note("scored", step, samples=_samples(groups))
+        Either `generated`; or `scored`: they came back from the reward workers (also those whose
+        reward failed); or `recomputed`: they were too old, and what came first is not used.
+        """
+        self._note(event, step, samples=_samples(groups))
 
     def taken_up(self, step: int, problems: Sequence[Problem], groups: Sequence[Group]) -> None:
         """A batch that a checkpoint had scored already."""
         self.planned(step, problems)
-        self.generated(step, groups)
-        self.scored(step, groups)
+        self.came(step, "generated", groups)
+        self.came(step, "scored", groups)
 
     def settled(self, step: int, groups: Sequence[Group], fresh: Sequence[Group]) -> None:
         """The update is done. `fresh` is what of `groups` was not too old for it."""

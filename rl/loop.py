@@ -1,7 +1,7 @@
 """The main loop of RL training, on one page. It knows no Ray, no tensors and no files.
 
 A deque of batches in flight; how far it runs ahead is the staleness bound: 0 is synchronous
-(generate, score, update, sync), k >= 1 rolls k batches out while the learner works.
+(roll out, update, sync), k >= 1 rolls k batches out while the learner works.
 """
 
 import time
@@ -9,19 +9,20 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 from common.errors import LearnerLost
-from common.futures import in_thread, result_of
+from common.futures import result_of
 from common.records import Problem, Scored
 from common.seeding import derive_seed
-from rl.batch import drop_stale, rollout_metrics
+from rl.batch import rollout_metrics, settle_stale
 from rl.checkpoint import RunState, interrupt_deferred, read_state
 from rl.estimates import evaluation_metrics
 from rl.inflight import Flight, read_batches, taken_up
 from rl.ledger import Ledger
-from rl.protocol import Cluster, LoopPlan, Monitor
+from rl.protocol import Cluster, Hear, LoopPlan, Monitor, nobody
 from rl.saving import Saver
 
 
@@ -39,10 +40,7 @@ class Loop:
     finish: Callable[[int], None]  # called once with the last step, while the workers live
 
     def run(self) -> RunState:
-        """Train to the last step. Ctrl-C saves what is finished before it is passed on.
-
-        A learner that dies takes the run back to its last checkpoint, not to its end.
-        """
+        """Train to the last step, learners may die. Ctrl-C saves before it is passed on."""
         loss: LearnerLost | None = None
         while True:
             try:
@@ -98,26 +96,28 @@ class Loop:
             self.life.taken_up(number, problems, future.result().groups)
 
     def _submit(self, step: int) -> None:
-        """Generate, then score at once, beside the learner."""
-        problems, life = self.batch(step), self.life
-        seed = derive_seed(self.plan.run_seed, "rollout", step)
-        life.planned(step, problems)
+        """Roll out beside the learner."""
+        problems, hear = self.batch(step), partial(self.life.came, step)
+        self.life.planned(step, problems)
+        self.in_flight.append((problems, self._roll_out(step, problems, hear)))
 
-        def roll() -> Scored:
-            groups = self._wait(self.cluster.generate(problems, seed), "generate", step)
-            life.generated(step, groups)
-            scored = self._wait(self.cluster.score(groups), "score", step)
-            life.scored(step, scored.groups)
-            return scored
+    def _roll_out(self, step: int, problems: Sequence[Problem], hear: Hear) -> Future[Scored]:
+        return self.cluster.roll_out(
+            problems, derive_seed(self.plan.run_seed, "rollout", step), hear
+        )
 
-        self.in_flight.append((problems, in_thread(roll, f"rollouts-{step}")))
+    def _again(self, step: int, problems: Sequence[Problem]) -> Scored:
+        """Once more what was too old: the same seeds, the newest weights."""
+        new: Scored = self._wait(self._roll_out(step, problems, nobody), "rollouts", step)
+        self.life.came(step, "recomputed", new.groups)
+        return new
 
     def _train_step(self) -> None:
-        step, clock = self.state.step, [time.monotonic()]
-        # The thread behind this future waits twice, and says itself which wait was too long.
-        new = self.in_flight[0][1].result(6 * self.plan.timeout_s)
+        plan, step, clock = self.plan, self.state.step, [time.monotonic()]
+        new = self._wait(self.in_flight[0][1], "rollouts", step)
+        again = partial(self._again, step) if plan.stale == "recompute" else None
+        new, fresh, ages = settle_stale(new, self.state.policy_version, plan.max_staleness, again)
         clock.append(time.monotonic())
-        fresh, ages = drop_stale(new.groups, self.state.policy_version, self.plan.max_staleness)
         with interrupt_deferred():
             self.updating = True
             metrics = rollout_metrics(new.groups) | ages | self.cluster.update(fresh, step)
@@ -143,7 +143,6 @@ class Loop:
         self.saved = self.state.step
 
     def _wait(self, future: Future[Any], what: str, step: int) -> Any:
-        # Later than the cluster's own limit, which can name the actor and its log.
-        limit = self.plan.timeout_s
-        name, source = f"{what} of step {step}", f"cluster.timeout_s={limit:g}"
-        return result_of(future, name, 2.5 * limit, source)
+        # Later than the cluster's own limits (of decoding, then of scoring), which can name actors.
+        limit, name = self.plan.timeout_s, f"{what} of step {step}"
+        return result_of(future, name, 5 * limit, f"cluster.timeout_s={limit:g}")

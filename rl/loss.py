@@ -24,7 +24,8 @@ class LossTerms:
     epsilon_low, epsilon_high: the ratio is clipped to [1 - epsilon_low, 1 + epsilon_high].
     reference: log-probabilities of the reference policy, same masks; needed if beta > 0.
     beta: weight of the k3 KL to the reference. kl_tail: see `k3_kl`.
-    importance: truncated weight behaviour -> proximal for stale rollouts, detached; None is 1.
+    importance: truncated weight behaviour -> proximal of older rollouts (`rl.offpolicy`), detached;
+        None is 1.
     """
 
     old: Tensor
@@ -51,11 +52,6 @@ def k3_kl(logps: Tensor, reference: Tensor, tail: float | None = None) -> Tensor
         return torch.expm1(difference) - difference
     near = difference.clamp(max=tail)
     return torch.expm1(near) - near + (difference - near) * math.expm1(tail)
-
-
-def truncated_importance(proximal: Tensor, behaviour: Tensor, cap: float) -> Tensor:
-    """min(exp(proximal - behaviour), cap), detached: the decoupled correction of stale rollouts."""
-    return torch.exp(proximal - behaviour).clamp(max=cap).detach()
 
 
 def clipped_policy_loss(logps: Tensor, terms: LossTerms) -> tuple[Tensor, dict[str, float]]:

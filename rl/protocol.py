@@ -3,15 +3,24 @@
 `workers.local` and `workers.cluster` are the processes; `rl.train` has the one who is told.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
 from models.state_files import Written
+from rl.batch import StaleRule
+
+# Is told what has come back, as it comes, in any order and from any thread.
+Arrival = Literal["generated", "scored"]
+Hear = Callable[[Arrival, Sequence[Group]], None]
+
+
+def nobody(event: Arrival, groups: Sequence[Group]) -> None:
+    """A `Hear` that does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +34,7 @@ class LoopPlan:
     eval_every: int = 0
     eval_at_start: bool = False
     max_staleness: int = 0
+    stale: StaleRule = "drop"
     timeout_s: float = 600.0
 
 
@@ -35,8 +45,10 @@ class Cluster(Protocol):
     `LearnerLost` from whatever was asked of it; then only `recover` and `close` make sense.
     """
 
-    def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]: ...
-    def score(self, groups: Sequence[Group]) -> Future[Scored]: ...
+    def roll_out(self, problems: Sequence[Problem], seed: int, hear: Hear) -> Future[Scored]:
+        """Decode a group for every problem and score it, each as soon as it can be."""
+        ...
+
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]: ...
     def sync_weights(self) -> int: ...
     def evaluate(

@@ -113,6 +113,7 @@ class Job:
             eval_every=config.train.eval_every,
             eval_at_start=config.train.eval_at_start,
             max_staleness=config.algorithm.max_staleness,
+            stale=config.algorithm.stale,
             timeout_s=config.cluster.timeout_s,
         )
         checkpoints = Checkpoints(config.run.path, config.train.keep_last_n, self.origin)

@@ -1,36 +1,33 @@
 """One policy update: coupled-GRPO over the samples of one step. Not the loop, not the engine.
 
 The same object runs on every learner rank. It holds no counters: masks follow from names
-(run seed, step, problem, sample, iteration), so neither accumulation, nor the number of ranks, nor
-a resume can change them.
+(the completion's own seed, problem, sample, iteration), so neither accumulation, nor the number of
+ranks, nor a resume, nor the step at which a batch is used can change them.
 """
 
 from collections.abc import Sequence as List
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
 from common.config import Section
 from common.errors import UserError
 from common.records import Group
-from diffusion.layout import TokenRows
 from diffusion.likelihood import TokenScorer, estimate_logps, forward_tokens
 from diffusion.views import EstimatorConfig
 from models.denoiser import Denoiser
 from models.engine import Engine
-from models.offload import visiting
 from models.spec import DiffusionSpec
 from models.state_files import StateFiles
 from rl.advantage import Baseline
-from rl.batch import Batch, MicroBatch, batch_metrics, make_batch, micro_batches
+from rl.batch import Batch, MicroBatch, StaleRule, batch_metrics, make_batch, micro_batches
 from rl.loss import LossTerms, clipped_policy_loss, mean_metrics
-
-REFERENCE_FILE = "reference/model.pt"
+from rl.offpolicy import BehaviourScoring, Correction, check_behaviour
+from rl.reference import Reference
 
 
 class AlgorithmConfig(Section):
@@ -42,7 +39,11 @@ class AlgorithmConfig(Section):
     epsilon_low, epsilon_high: bounds of the clipped ratio.
     reference_refresh_steps: every K steps the reference becomes the policy; 0 is never.
     max_staleness: updates that may lie between a rollout's weights and its use; 0 is synchronous.
-        Above 0 the log-probabilities of the behaviour policy are not yet corrected for.
+    importance_cap: largest weight of a token that older weights than the learner's have decoded
+        (`rl.offpolicy`); for it, rollout workers score what they decode if max_staleness > 0. None
+        leaves such tokens uncorrected and unscored.
+    stale: what becomes of a rollout that is older than max_staleness: `drop`, or `recompute`: the
+        learner waits while its group is rolled out again, same seeds, newest weights.
     tokens_per_micro_batch: forward tokens (all views of all rows) of one pass.
     """
 
@@ -56,7 +57,21 @@ class AlgorithmConfig(Section):
     scale_by_std: bool = False
     reference_refresh_steps: int = Field(default=0, ge=0)
     max_staleness: int = Field(default=0, ge=0)
+    importance_cap: float | None = Field(default=2.0, ge=1)
+    stale: StaleRule = "drop"
     tokens_per_micro_batch: int = Field(default=8192, ge=1)
+
+    @property
+    def behaviour(self) -> BehaviourScoring | None:
+        """How rollout workers score what they decode; None if nobody would look at it."""
+        if self.max_staleness == 0 or self.importance_cap is None:
+            return None
+        return self.scoring
+
+    @property
+    def scoring(self) -> BehaviourScoring:
+        """Under which masks policies are compared."""
+        return BehaviourScoring(self.estimator, self.num_iterations)
 
 
 class PolicyUpdater:
@@ -68,7 +83,6 @@ class PolicyUpdater:
             visits the device to score; needed if `config.beta` > 0.
         spec: how the policy denoises.
         config: the algorithm.
-        run_seed: first name of every mask seed.
     """
 
     def __init__(
@@ -77,17 +91,26 @@ class PolicyUpdater:
         reference: Denoiser | None,
         spec: DiffusionSpec,
         config: AlgorithmConfig,
-        run_seed: int,
     ) -> None:
         if config.beta > 0 and reference is None:
             raise ValueError("beta > 0 needs a reference policy")
         self._engine = engine
-        self._reference = reference.eval().requires_grad_(False) if reference is not None else None
         self._spec = spec
         self._config = config
-        self._run_seed = run_seed
+        self._reference: Reference | None = None
+        if reference is not None and config.beta > 0:
+            budget = config.tokens_per_micro_batch
+            self._reference = Reference(reference, engine, spec, config.scoring, budget)
 
-    def update(self, groups: List[Group], step: int) -> dict[str, float]:
+    def prepare(self, groups: List[Group]) -> None:
+        """Do what an update with these groups needs and what no update before it can change.
+
+        Every rank is told of the same groups in the same order; an update does the rest itself.
+        """
+        if self._reference is not None:
+            self._reference.prepare(self._batch(groups).samples)
+
+    def update(self, groups: List[Group], step: int, version: int = 0) -> dict[str, float]:
         """`num_iterations` optimizer steps on one batch; the same metrics on every rank.
 
         A batch in which no group has any spread takes no optimizer step and reports
@@ -96,33 +119,45 @@ class PolicyUpdater:
         Args:
             groups: the whole global batch, on every rank.
             step: updates finished before this one.
+            version: of the policy as it is now; samples of older ones are corrected for.
+
+        Raises:
+            UserError: such a sample was rolled out under other settings.
         """
         every = self._config.reference_refresh_steps
-        if every and step and step % every == 0:
-            self.refresh_reference()
-        batch = make_batch(groups, self._config.advantage, self._config.scale_by_std)
+        if every and step and step % every == 0 and self._reference is not None:
+            self._reference.refresh()
+        batch = self._batch(groups)
         metrics = batch_metrics(batch)
         metrics["update/no_signal"] = float(not batch.samples)
         if not batch.samples:
             return metrics
-        return metrics | self._optimise(batch, step)
+        metrics |= self._optimise(batch, version)
+        if self._reference is not None:
+            self._reference.forget(oldest=version + 1 - self._config.max_staleness)
+        return metrics
 
-    def _optimise(self, batch: Batch, step: int) -> dict[str, float]:
-        plan = self._plan(batch)
+    def _batch(self, groups: List[Group]) -> Batch:
+        return make_batch(groups, self._config.advantage, self._config.scale_by_std)
+
+    def _optimise(self, batch: Batch, version: int) -> dict[str, float]:
+        plan, correction = self._plan(batch), self._correction(batch, version)
         iterations = range(self._config.num_iterations)
         # Before the first optimizer step every iteration's masks are scored under the unchanged
         # policy. Iteration 0 needs no extra pass: its own forward is that policy.
-        old = [
-            self._frozen_logps(self._engine.score, plan, step, i) if i else None for i in iterations
-        ]
-        with self._reference_at_hand():
-            reference = [self._reference_logps(plan, step, i) for i in iterations]
+        old = [self._frozen_logps(self._engine.score, plan, i) if i else [] for i in iterations]
+        reference = self._reference.logps(plan, batch.samples) if self._reference else None
         sums: dict[str, float] = {}
         infos = []
         for i in iterations:
             for number, micro in enumerate(plan):
-                logps = self._logps(self._engine.score, micro, step, i)
-                terms = self._terms(micro, logps, old[i], reference[i], number, batch.normaliser)
+                logps = self._logps(self._engine.score, micro, i)
+                frozen = None if reference is None else reference[i][number]
+                before = None if i == 0 else old[i][number]
+                terms = self._terms(micro, logps, before, frozen, batch.normaliser)
+                if correction is not None:
+                    weights = correction.weigh(micro.samples, terms.old, terms.supervised, i)
+                    terms = replace(terms, importance=weights)
                 loss, part = clipped_policy_loss(logps, terms)
                 self._engine.backward(loss, last=number == len(plan) - 1)
                 sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
@@ -133,7 +168,14 @@ class PolicyUpdater:
         metrics["policy/grad_norm"] = sum(info.grad_norm for info in infos) / len(infos)
         metrics["policy/lr"] = infos[-1].lr
         metrics["update/optimizer_steps"] = float(sum(not info.skipped for info in infos))
-        return metrics
+        return metrics | (correction.metrics(self._engine) if correction is not None else {})
+
+    def _correction(self, batch: Batch, version: int) -> Correction | None:
+        scoring, cap = self._config.behaviour, self._config.importance_cap
+        if scoring is None or cap is None:
+            return None
+        check_behaviour(batch.samples, version, scoring.num_iterations)
+        return Correction(cap, version)
 
     def _plan(self, batch: Batch) -> list[MicroBatch]:
         costs = [
@@ -148,69 +190,40 @@ class PolicyUpdater:
         self,
         micro: MicroBatch,
         logps: Tensor,
-        old: list[Tensor] | None,
-        reference: list[Tensor] | None,
-        number: int,
+        old: Tensor | None,
+        reference: Tensor | None,
         normaliser: int,
     ) -> LossTerms:
         lengths = torch.tensor([sample.sequence.supervised for sample in micro.samples])
         supervised = torch.arange(logps.shape[1]) < lengths[:, None]
         advantages = torch.tensor([sample.advantage for sample in micro.samples])
         return LossTerms(
-            old=logps.detach() if old is None else old[number],
+            old=logps.detach() if old is None else old,
             advantages=advantages.to(logps.device),
             supervised=(supervised & (micro.weight > 0)).to(logps.device),
             normaliser=float(normaliser),
             epsilon_low=self._config.epsilon_low,
             epsilon_high=self._config.epsilon_high,
-            reference=None if reference is None else reference[number],
+            reference=reference,
             beta=self._config.beta,
             kl_tail=self._config.kl_tail,
         )
 
-    def _logps(self, score: TokenScorer, micro: MicroBatch, step: int, iteration: int) -> Tensor:
-        """Estimated log-probabilities [B, C] under the masks of (step, sample, iteration)."""
+    def _logps(self, score: TokenScorer, micro: MicroBatch, iteration: int) -> Tensor:
+        """Estimated log-probabilities [B, C] under the masks of (sample, iteration)."""
         return estimate_logps(
             score,
             self._spec,
             [sample.sequence for sample in micro.samples],
-            [sample.mask_seed(self._run_seed, step, iteration) for sample in micro.samples],
+            [sample.mask_seed(iteration) for sample in micro.samples],
             self._config.estimator,
         )
 
     @torch.no_grad()
     def _frozen_logps(
-        self, score: TokenScorer, plan: list[MicroBatch], step: int, iteration: int
+        self, score: TokenScorer, plan: list[MicroBatch], iteration: int
     ) -> list[Tensor]:
-        return [self._logps(score, micro, step, iteration) for micro in plan]
-
-    def _reference_at_hand(self) -> AbstractContextManager[object]:
-        """The reference on the engine's device, if it lives elsewhere (`offload_reference`)."""
-        if self._reference is None:
-            return nullcontext()
-        return visiting(self._reference, self._engine.device)
-
-    def _reference_logps(
-        self, plan: list[MicroBatch], step: int, iteration: int
-    ) -> list[Tensor] | None:
-        reference, device = self._reference, self._engine.device
-        if reference is None or self._config.beta == 0:
-            return None
-
-        def score(rows: TokenRows) -> Tensor:
-            return reference(rows.to(device))
-
-        return self._frozen_logps(score, plan, step, iteration)
-
-    def refresh_reference(self) -> None:
-        """The reference becomes the current policy. Collective: every rank enters."""
-        if self._reference is None:
-            return
-        for bucket in self._engine.state_buckets():
-            shared = _broadcast_bucket(bucket, self._engine)
-            outcome = self._reference.model.load_state_dict(shared, strict=False)
-            if outcome.unexpected_keys:
-                raise ValueError(f"the policy has weights its reference lacks: {outcome}")
+        return [self._logps(score, micro, iteration) for micro in plan]
 
     def snapshot(self, folder: Path) -> StateFiles:
         """A copy of `policy/`, and of `reference/` if it moves: what this rank has to write.
@@ -220,8 +233,8 @@ class PolicyUpdater:
         files = StateFiles()
         self._engine.snapshot(folder / "policy", files)
         moves = self._config.reference_refresh_steps > 0
-        if moves and self._reference is not None and self._engine.rank == 0:
-            files.add(folder / REFERENCE_FILE, self._reference.model.state_dict())
+        if moves and self._reference is not None:
+            self._reference.snapshot(folder, files)
         return files
 
     def load(self, folder: Path) -> None:
@@ -238,30 +251,5 @@ class PolicyUpdater:
                 f"{folder}: cannot be loaded ({reason}); set run.resume to an earlier "
                 "rl/global_step_N of the run"
             ) from error
-        if self._config.reference_refresh_steps == 0 or self._reference is None:
-            return
-        path = folder / REFERENCE_FILE
-        if not path.is_file():
-            raise UserError(
-                f"{path}: missing; the run was saved with algorithm.reference_refresh_steps=0 or "
-                "beta=0: resume it with the same settings"
-            )
-        state = torch.load(path, map_location=self._engine.device, weights_only=True)
-        self._reference.model.load_state_dict(state)
-
-
-def _broadcast_bucket(bucket: dict[str, Tensor], engine: Engine) -> dict[str, Tensor]:
-    """Rank 0's bucket on every rank; the engine hands full tensors to rank 0 only."""
-    if engine.world_size == 1:
-        return bucket
-    head: list[list[tuple[str, torch.Size, torch.dtype]]] = [
-        [(name, value.shape, value.dtype) for name, value in bucket.items()]
-    ]
-    dist.broadcast_object_list(head, src=0, device=engine.device)
-    shared: dict[str, Tensor] = {}
-    for name, shape, dtype in head[0]:
-        mine = bucket[name] if engine.rank == 0 else torch.empty(shape, dtype=dtype)
-        value = mine.to(engine.device).contiguous()
-        dist.broadcast(value, src=0)
-        shared[name] = value
-    return shared
+        if self._config.reference_refresh_steps > 0 and self._reference is not None:
+            self._reference.load(folder)

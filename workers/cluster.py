@@ -18,12 +18,13 @@ from common.futures import in_thread, result_of, then
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
 from models.state_files import Written
-from rewards.compose import check_failures
 from rl.config import TrainConfig
+from rl.protocol import Arrival, Hear, nobody
 from workers.autoscale import Autoscaler
 from workers.catalogue import Catalogues
 from workers.control import CONTROL, ControlDesk, Pace, Reporter
 from workers.crew import Crew
+from workers.flow import Flow
 from workers.gang import Gang
 from workers.health import CrashWatch, Limits
 from workers.launcher import Launcher, wants
@@ -31,8 +32,6 @@ from workers.learner import wire_dtype
 from workers.nodes import check_fits, connect
 from workers.operator import forget_place, write_place
 from workers.placement import Remote, ray
-from workers.pool import cut
-from workers.reward import join
 from workers.slot import Worker
 from workers.weights import INITIAL_VERSION
 from workers.wire import version_bytes
@@ -47,7 +46,7 @@ class RayCluster:
 
     Args:
         config: the run. Logs go to `<run>/logs/<role>-<i>.log`.
-        with_learner: False starts no learner; only `generate`, `score` and `evaluate` work.
+        with_learner: False starts no learner; only `roll_out`, `score` and `evaluate` work.
         say: hears who died and what is done about it, one line each.
 
     Raises:
@@ -105,6 +104,9 @@ class RayCluster:
         pools = self._config.cluster
         self._rollouts = self._crew("rollout", start.rollout, pools.rollout.min)
         self._rewards = self._crew("reward", start.reward, pools.reward.min, closes=True)
+        smallest = pools.rollout.piece, pools.reward.piece
+        share = self._config.reward.max_failed_share
+        self._flow = Flow(self._rollouts, self._rewards, smallest, share)
         ready = [crew.open() for crew in self._crews]
         if self._gang is not None:
             self._gang.meet()
@@ -199,47 +201,41 @@ class RayCluster:
         facts = self._gang.facts if self._gang is not None else []
         return found | {f"learner-{i}": fact.pid for i, fact in enumerate(facts) if fact}
 
-    def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]:
-        """See `rl.protocol.Cluster`."""
-        return self._generate(problems, seed, self._config.rollout.group_size)
+    def roll_out(
+        self, problems: Sequence[Problem], seed: int, hear: Hear = nobody
+    ) -> Future[Scored]:
+        """See `rl.protocol.Cluster`. What is scored goes on to the learner, if it is not busy."""
+
+        def pass_on(event: Arrival, groups: Sequence[Group]) -> None:
+            hear(event, groups)
+            if event == "scored" and self._gang is not None:
+                self._gang.post("prepare", groups)
+
+        return self._roll_out(problems, seed, self._config.rollout.group_size, None, pass_on)
 
     def score(self, groups: Sequence[Group]) -> Future[Scored]:
-        """See `rl.protocol.Cluster`."""
-        pieces = cut(groups, self._rewards.size, self._config.cluster.reward.piece)
-        share = self._config.reward.max_failed_share
-
-        def joined(parts: list[Scored]) -> Scored:
-            scored = join(parts)
-            check_failures(scored.groups, share)
-            return scored
-
-        return then(self._rewards.submit([("score", (piece,)) for piece in pieces]), joined)
+        """Groups that are there already; the reward workers' part of `roll_out`."""
+        return self._flow.score(groups)
 
     def evaluate(
         self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
     ) -> Future[list[Group]]:
         """See `rl.protocol.Cluster`."""
+        scored = self._roll_out(problems, seed, group_size, decoding, nobody)
+        return then(scored, lambda done: done.groups)
 
-        def work() -> list[Group]:
-            # The crews end what takes too long.
-            groups = self._generate(problems, seed, group_size, decoding).result()
-            return self.score(groups).result().groups
-
-        return in_thread(work, "evaluate")
-
-    def _generate(
+    def _roll_out(
         self,
         problems: Sequence[Problem],
         seed: int,
         group_size: int,
-        decoding: DecodingConfig | None = None,
-    ) -> Future[list[Group]]:
-        rest = (seed, group_size, decoding, self._version)
-        pieces = cut(problems, self._rollouts.size, self._config.cluster.rollout.piece)
-        done = self._rollouts.submit([("generate", (piece, *rest)) for piece in pieces])
+        decoding: DecodingConfig | None,
+        hear: Hear,
+    ) -> Future[Scored]:
+        done = self._flow.roll_out(problems, (seed, group_size, decoding, self._version), hear)
         if self._catalogues is not None and self._catalogues.lost is not None:
             self._rollouts.drop(self._catalogues.lost)  # nobody would ever do this work
-        return then(done, lambda parts: [group for part in parts for group in part])
+        return done
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """See `rl.protocol.Cluster`."""

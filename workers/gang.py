@@ -41,6 +41,7 @@ class Gang:
         self._watch = watch
         self._clock = clock
         self._lock = threading.Lock()
+        self._order = threading.Lock()  # of calls: the same at every rank
         self._listened = clock()
         self._lives = 0
         self.completed = 0
@@ -48,6 +49,7 @@ class Gang:
         self._begin()
 
     def _begin(self) -> None:
+        self._called = True  # before the first call nothing can be posted
         self.ranks = list(self._start(self._lives))
         self._lives += 1
         now = self._clock()
@@ -55,6 +57,7 @@ class Gang:
         self._vitals = [Vitals(self._limits, now) for _ in self.ranks]
         self._beats: list[Future[Beat] | None] = [None] * len(self.ranks)
         self._asked = [0.0] * len(self.ranks)
+        self._posted: list[Future[float]] = []
 
     def meet(self) -> None:
         """Finish what the constructor began.
@@ -81,13 +84,26 @@ class Gang:
             LearnerLost: a rank failed, died, or was silent for too long; names the likely cause.
             InfrastructureError: that has become a loop.
         """
-        began = self._clock()
+        with self._order:
+            self._called, posted, self._posted = True, self._posted, []
         try:
+            self.busy_s += sum(self._wait("post", posted)) / len(self.ranks)
+            began = self._clock()
             answers = self._wait(method, [rank.call(method, *args) for rank in self.ranks])
-        finally:
             self.busy_s += self._clock() - began
+        finally:
+            self._called = False
         self.completed += 1
         return answers
+
+    def post(self, method: str, *args: Any) -> None:
+        """Something for every rank to do until it is called again; dropped if it is busy with that.
+
+        `method` returns its seconds. Who fails is found out by the next call. Any thread may.
+        """
+        with self._order:
+            if not self._called:
+                self._posted += [rank.call(method, *args) for rank in self.ranks]
 
     def ask(self, rank: int, method: str) -> Any:
         """One rank alone. See `call` for errors."""

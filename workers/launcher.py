@@ -81,6 +81,7 @@ class Launcher:
             self._weights,
             pool.threads,
             rollout_dtype(self._config.engine),
+            self._config.algorithm.behaviour,
         )
         return Remote(self.actor(name, build, pool, incarnation=incarnation))
 

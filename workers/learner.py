@@ -5,6 +5,7 @@ ranks must meet at an address that is known only once rank 0 has a machine.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.engine import Engine, EngineConfig, OptimConfig, make_engine
 from models.state_files import Written
 from rl.update import AlgorithmConfig, PolicyUpdater
-from workers.weights import WeightStore
+from workers.weights import INITIAL_VERSION, WeightStore
 from workers.wire import cut
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ class LearnerPlan:
     engine: EngineConfig
     optim: OptimConfig
     algorithm: AlgorithmConfig
-    run_seed: int
     wire: torch.dtype = torch.float32
 
     @staticmethod
@@ -46,7 +46,6 @@ class LearnerPlan:
             engine=config.engine,
             optim=config.schedule,
             algorithm=config.algorithm,
-            run_seed=config.run.seed,
             wire=wire_dtype(config),
         )
 
@@ -79,6 +78,7 @@ class LearnerWorker:
         self._weights = weights
         self._rank = rank
         self._world_size = world_size
+        self._version = INITIAL_VERSION
 
     def start(self, master: tuple[str, int] | None = None) -> int:
         """Load the checkpoint and build the engine; returns the process id.
@@ -111,21 +111,28 @@ class LearnerWorker:
             loaded = load_checkpoint(folder, dtype=engine.dtype, device=device)
             reference = loaded.denoiser.use(backend)
         self._updater = PolicyUpdater(
-            self._engine, reference, self._checkpoint.spec, plan.algorithm, plan.run_seed
+            self._engine, reference, self._checkpoint.spec, plan.algorithm
         )
         return os.getpid()
 
+    def prepare(self, groups: Sequence[Group]) -> float:
+        """Do what `update` will need of these groups while it waits for others; its seconds."""
+        began = time.monotonic()
+        self._updater.prepare(groups)
+        return time.monotonic() - began
+
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """One policy update on the whole batch (each rank takes its share)."""
-        return self._updater.update(groups, step)
+        return self._updater.update(groups, step, self._version)
 
     def publish(self, version: int) -> int:
-        """Put the current policy into the store as `version`."""
+        """Put the current policy into the store as `version`; so it is called from now on."""
         buckets = self._engine.state_buckets()
         if self._rank == 0:
             self._weights.publish(version, cut(buckets, self._plan.wire))
         for _ in buckets:  # the other ranks only take part in the gathering
             pass
+        self._version = version
         return version
 
     def save(self, folder: Path) -> Future[Written]:

@@ -1,7 +1,7 @@
 """All workers in this process: the shipped fake of `workers.cluster`, and enough for a laptop.
 
-Not a simulation: the same worker classes do the same work, one call after another, so futures are
-done when they are returned. Equal seeds give the results of `RayCluster`.
+Not a simulation: the same worker classes do the same work. Equal seeds give the results of
+`RayCluster`.
 """
 
 import threading
@@ -10,11 +10,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
+from common.futures import in_thread
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
 from models.state_files import Written
 from rewards.compose import check_failures
 from rl.config import TrainConfig
+from rl.protocol import Hear, nobody
 from workers.learner import LearnerPlan, LearnerWorker
 from workers.reward import RewardWorker
 from workers.rollout import RolloutWorker, rollout_dtype
@@ -28,7 +30,7 @@ class LocalCluster:
 
     Args:
         config: the run.
-        with_learner: False serves only `generate`, `score` and `evaluate`, and costs less.
+        with_learner: False serves only `roll_out` and `evaluate`, and costs less.
     """
 
     def __init__(self, config: TrainConfig, with_learner: bool = True) -> None:
@@ -43,6 +45,7 @@ class LocalCluster:
             config.rollout.decoding,
             self._weights,
             dtype=rollout_dtype(config.engine),
+            behaviour=config.algorithm.behaviour,
         )
         self._learner = self._new_learner()
         if with_learner:
@@ -51,13 +54,19 @@ class LocalCluster:
     def _new_learner(self) -> LearnerWorker:
         return LearnerWorker(LearnerPlan.of(self._config), self._weights)
 
-    def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]:
+    def roll_out(
+        self, problems: Sequence[Problem], seed: int, hear: Hear = nobody
+    ) -> Future[Scored]:
         """See `rl.protocol.Cluster`."""
-        return _done(lambda: self._generate(problems, seed, self._config.rollout.group_size))
 
-    def score(self, groups: Sequence[Group]) -> Future[Scored]:
-        """See `rl.protocol.Cluster`."""
-        return _done(lambda: self._score(groups))
+        def work() -> Scored:
+            groups = self._generate(problems, seed, self._config.rollout.group_size)
+            hear("generated", groups)
+            scored = self._score(groups)
+            hear("scored", scored.groups)
+            return scored
+
+        return in_thread(work, "rollouts")
 
     def evaluate(
         self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int

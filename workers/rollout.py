@@ -18,6 +18,7 @@ from models.checkpoint import load_checkpoint
 from models.decoding import Decoder, DecodingConfig, Request
 from models.engine import EngineConfig
 from models.tokenizer import encode_prompt
+from rl.offpolicy import BehaviourScoring
 from workers.weights import INITIAL_VERSION, WeightStore
 from workers.wire import load_into
 
@@ -40,6 +41,7 @@ class RolloutWorker:
         weights: the store to pull from.
         threads: of torch in this process; None leaves them alone.
         dtype: of the weights here.
+        behaviour: how to score what is decoded for training; None does not.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class RolloutWorker:
         weights: WeightStore,
         threads: int | None = None,
         dtype: torch.dtype = torch.float32,
+        behaviour: BehaviourScoring | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -56,6 +59,7 @@ class RolloutWorker:
         checkpoint = load_checkpoint(checkpoint_folder, dtype=dtype, device=device)
         self._decoder = Decoder(checkpoint.denoiser, checkpoint.tokenizer)
         self._decoding = decoding
+        self._behaviour = behaviour
         self._weights = weights
         self._version = INITIAL_VERSION
         self._turn = threading.Lock()
@@ -83,7 +87,8 @@ class RolloutWorker:
         """`group_size` completions of every problem, in the order of `problems`.
 
         Each request's seed is a function of (seed, problem id, sample index): who else is in the
-        batch, or on which worker, does not matter.
+        batch, or on which worker, does not matter. A call with a decoding of its own is for
+        evaluation: nothing of it is scored under masks.
 
         Raises:
             InfrastructureError: the store has no version as new as `at_least`, or fetching failed.
@@ -93,8 +98,11 @@ class RolloutWorker:
             [derive_seed(seed, problem.problem_id, index) for index in range(group_size)]
             for problem in problems
         ]
+        behaviour = self._behaviour if decoding is None else None
         requests = [
-            Request(prompt, one) for prompt, row in zip(prompts, seeds, strict=True) for one in row
+            Request(prompt, one, mask_seeds=_mask_seeds(behaviour, one, problem.problem_id, index))
+            for problem, prompt, row in zip(problems, prompts, seeds, strict=True)
+            for index, one in enumerate(row)
         ]
         with self._turn:  # no other thread may pull between the stamp and the last token
             self._pull()
@@ -103,7 +111,10 @@ class RolloutWorker:
                 raise InfrastructureError(
                     f"weights: version {at_least} was promised, the store's newest is {version}"
                 )
-            done = iter(self._decoder.decode(requests, decoding or self._decoding))
+            estimator = behaviour.estimator if behaviour is not None else None
+            done = iter(
+                self._decoder.decode(requests, decoding or self._decoding, estimator=estimator)
+            )
         groups = []
         for problem, prompt, row in zip(problems, prompts, seeds, strict=True):
             name = problem.problem_id
@@ -130,3 +141,9 @@ class RolloutWorker:
             self._version = TORN
             load_into(self._decoder.denoiser.model, buckets)
             self._version = found
+
+
+def _mask_seeds(
+    behaviour: BehaviourScoring | None, seed: int, problem_id: str, sample_index: int
+) -> tuple[int, ...]:
+    return () if behaviour is None else behaviour.mask_seeds(seed, problem_id, sample_index)

@@ -23,7 +23,7 @@ def test_as_the_learner_would_score_them(
     monkeypatch: pytest.MonkeyPatch,
     kind: tuple[str, bool],
 ) -> None:
-    monkeypatch.setattr("models.scoring.SCORE_TOKENS", 150)  # several passes
+    monkeypatch.setattr("models.scoring.CPU_SCORE_TOKENS", 150)  # several passes
     denoiser, estimator = make_denoiser(*kind), EstimatorConfig(num_pairs=2)
     seeds = [(), (7,), (8, 9)]
     requests = [

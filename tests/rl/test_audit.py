@@ -31,8 +31,8 @@ STALE = [replace(GROUPS[0], rollouts=GROUPS[0].rollouts[1:]), GROUPS[1], GROUPS[
 
 def step(life: Life, number: int, sink: JsonlSink | None, fresh: list[Group] = GROUPS) -> None:
     life.planned(number, [g.problem for g in GROUPS])
-    life.generated(number, GROUPS)
-    life.scored(number, GROUPS)
+    life.came(number, "generated", GROUPS)
+    life.came(number, "scored", GROUPS)
     life.settled(number, GROUPS, fresh)
     if sink is not None:
         values = {"timing_s/update": 1.0, "completions/count": 9.0, "batch/samples": 2.0}
@@ -49,7 +49,7 @@ def run(tmp_path: Path) -> Path:
         step(life, number, sink)
     life.planned(3, [g.problem for g in GROUPS])
     again = ledger.begin(2, "learner lost")
-    life.generated(3, GROUPS)  # a late thread of the first life
+    life.came(3, "generated", GROUPS)  # a late thread of the first life
     for number in (2, 3):
         step(again, number, sink)
     return tmp_path
@@ -75,6 +75,23 @@ def test_stale_and_empty_samples_have_their_reason(tmp_path: Path) -> None:
     # Without its first sample, `a` has one reward left.
     assert entries[4]["trained"] == []
     assert entries[-1]["dropped"] == {"empty": [["d", [0, 1, 2]]]}
+
+
+def test_samples_that_were_rolled_out_again(tmp_path: Path) -> None:
+    """They are said, counted, and must be of the plan; they excuse no second settling."""
+    life = Ledger(tmp_path / LEDGER_FILE, group_size=3).begin(0, "start")
+    sink = JsonlSink(tmp_path / METRICS_FILE)
+    life.came(0, "recomputed", GROUPS[:1])
+    step(life, 0, None)
+    sink.log({"timing_s/update": 1.0, "async/recomputed_stale": 3.0}, step=1, stage="rl")
+    found = audit(tmp_path)
+    assert (found.violations, found.recomputed, found.trained) == ([], 3, 2)
+    sink.log({"timing_s/update": 1.0, "async/recomputed_stale": 2.0}, step=1, stage="rl")
+    life.came(0, "recomputed", [group("x", 1.0)])
+    assert audit(tmp_path).violations == [
+        "step 0: x sample 0 recomputed but never planned",
+        "step 0: metrics.jsonl says async/recomputed_stale 2, the ledger 4",
+    ]
 
 
 def lines_of(run: Path) -> list[str]:

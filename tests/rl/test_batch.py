@@ -1,21 +1,24 @@
 """Groups to samples to micro-batches: pure bookkeeping, checked by counting."""
 
+from collections.abc import Sequence as List
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.records import Completion, Group, Problem, Rollout, Score
+from common.records import Completion, Group, Problem, Rollout, Score, Scored
 from diffusion.layout import Sequence
 from rl.batch import (
     Sample,
     batch_metrics,
     drop_stale,
     make_batch,
+    mask_seed,
     micro_batches,
     rollout_metrics,
     sequence_of,
+    settle_stale,
 )
 
 
@@ -71,10 +74,21 @@ def test_dropped_groups_and_samples_are_counted() -> None:
 
 
 def test_masks_are_named_by_sample_and_iteration() -> None:
-    one, other = sample(0), sample(1)
-    seeds = {s.mask_seed(9, step, i) for s in (one, other) for step in (0, 1) for i in (0, 1)}
-    assert len(seeds) == 8
-    assert one.mask_seed(9, 3, 1) == sample(0, tokens=7).mask_seed(9, 3, 1)
+    samples = [replace(sample(index), seed=seed) for index in (0, 1) for seed in (8, 9)]
+    assert len({s.mask_seed(i) for s in samples for i in (0, 1)}) == 8
+    assert samples[0].mask_seed(1) == replace(sample(0, tokens=7), seed=8).mask_seed(1)
+    # The worker that decodes asks for them by the same names.
+    assert samples[0].mask_seed(1) == mask_seed(8, "p", 0, 1)
+
+
+def test_samples_know_their_seed_version_and_log_probabilities() -> None:
+    one = rollout("p", 0, 1.0, version=4)
+    scored = replace(one.completion, behaviour_logps=((-1.0, -2.0, -3.0),))
+    both = (replace(one, completion=scored, seed=17), rollout("p", 1, 0.0))
+    first, second = make_batch([Group(Problem("p", "do"), both)], "mean", False).samples
+    assert (first.seed, first.policy_version) == (17, 4)
+    assert first.behaviour_logps == ((-1.0, -2.0, -3.0),)
+    assert (second.seed, second.policy_version, second.behaviour_logps) == (0, 0, ())
 
 
 def test_micro_batches_respect_the_budget_and_padding() -> None:
@@ -118,6 +132,52 @@ def test_stale_rollouts_are_dropped_one_by_one() -> None:
         "async/staleness_max": 2.0,
         "async/dropped_stale": 2.0,
     }
+
+
+def test_groups_that_are_too_old_are_rolled_out_again_as_a_whole() -> None:
+    asked: list[list[str]] = []
+
+    def again(problems: List[Problem]) -> Scored:
+        asked.append([problem.problem_id for problem in problems])
+        groups = [group(p.problem_id, 0.0, 1.0, version=5) for p in problems]
+        return Scored(groups, {"sandbox/programs": 2.0, "sandbox/weak_tests": 1.0})
+
+    young, old = group("a", 1.0, 0.0, version=4), group("b", 1.0, 0.0, version=3)
+    mixed = group("c", 1.0, 0.0, version=5)
+    mixed = replace(mixed, rollouts=(mixed.rollouts[0], rollout("c", 1, 0.0, version=2)))
+    batch = Scored([old, young, mixed], {"sandbox/programs": 6.0})
+    scored, fresh, metrics = settle_stale(batch, version=5, bound=1, again=again)
+    assert asked == [["b", "c"]]
+    assert [g.problem.problem_id for g in fresh] == ["b", "a", "c"]
+    assert [[r.policy_version for r in g.rollouts] for g in fresh] == [[5, 5], [4, 4], [5, 5]]
+    assert [r.score.total for r in fresh[0].rollouts if r.score] == [0.0, 1.0]
+    assert scored.groups == fresh
+    assert scored.sums == {"sandbox/programs": 8.0, "sandbox/weak_tests": 1.0}
+    assert metrics == {
+        "async/staleness_mean": pytest.approx(1 / 3),
+        "async/staleness_max": 1.0,
+        "async/dropped_stale": 0.0,
+        "async/recomputed_stale": 4.0,
+    }
+
+
+def test_nothing_too_old_is_nothing_to_recompute() -> None:
+    def again(problems: List[Problem]) -> Scored:
+        raise AssertionError
+
+    batch = Scored([group("a", 1.0, 0.0, version=4)], {"sandbox/programs": 2.0})
+    scored, fresh, metrics = settle_stale(batch, version=5, bound=1, again=again)
+    assert scored is batch
+    assert fresh == batch.groups
+    assert metrics["async/recomputed_stale"] == 0.0
+
+
+def test_dropping_is_the_rule_without_a_way_to_recompute() -> None:
+    batch = Scored([group("a", 1.0, 0.0, version=3)], {})
+    scored, fresh, metrics = settle_stale(batch, version=5, bound=1)
+    assert scored is batch
+    assert [len(g.rollouts) for g in fresh] == [0]
+    assert metrics["async/dropped_stale"] == 2.0
 
 
 def test_rollout_metrics() -> None:

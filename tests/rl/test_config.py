@@ -68,6 +68,10 @@ def test_the_run_folder() -> None:
             "rollout.decoding={gen_length: 8, block_size: 4, steps_per_block: 5}",
             "steps_per_block=5",
         ),
+        ("algorithm.importance_cap=0.0", "algorithm.importance_cap: "),
+        ("algorithm.importance_cap=0.5", "greater than or equal to 1"),
+        ("algorithm.stale=forget", "algorithm.stale: "),
+        ("algorithm.max_staleness=-1", "algorithm.max_staleness: "),
         ("algorithm={beta: 0.0, reference_refresh_steps: 4}", "reference_refresh_steps=4"),
         ("cluster={kind: local, learner: {ranks: 2}}", "cluster.learner.ranks=2"),
         (

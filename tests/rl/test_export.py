@@ -52,7 +52,6 @@ def saved_run(sft: Path, run: Path, engine: dict[str, Any]) -> LearnerWorker:
         engine=EngineConfig(**engine),
         optim=OptimConfig(lr=1e-2, total_steps=10),
         algorithm=AlgorithmConfig(beta=0.0),
-        run_seed=0,
     )
     learner = LearnerWorker(plan, LocalWeightStore())
     learner.start()

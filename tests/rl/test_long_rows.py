@@ -76,7 +76,7 @@ def main() -> None:
     engine = make_engine(Denoiser(new_model(ARCHITECTURE, 0), SPEC), ENGINE, optim)
     # A budget below one sample: each travels alone.
     algorithm = AlgorithmConfig(num_iterations=1, beta=0, tokens_per_micro_batch=4096)
-    updater = PolicyUpdater(engine, None, SPEC, algorithm, run_seed=0)
+    updater = PolicyUpdater(engine, None, SPEC, algorithm)
     updater.update(groups(8), step=0)  # what libraries need once
     before = tree_bytes(psutil.Process())
     with PeakMemory(interval_s=0.02) as peak:

@@ -19,7 +19,7 @@ from rl.checkpoint import Checkpoints, RunState, read_state
 from rl.inflight import read_batches
 from rl.ledger import LEDGER_FILE, Ledger
 from rl.loop import Loop
-from rl.protocol import LoopPlan
+from rl.protocol import Hear, LoopPlan
 from rl.saving import Saver
 
 GREEDY = DecodingConfig(gen_length=8, temperature=0.0)
@@ -36,7 +36,7 @@ class FakeCluster:
     """Weights are one number: how many updates it has had."""
 
     interrupt_at: int | None = None
-    hang_at: str | None = None
+    hangs: bool = False
     lag: int = 0
     lose: list[str] = field(default_factory=list)  # calls at which the learner dies, each once
     calls: list[str] = field(default_factory=list)
@@ -53,13 +53,19 @@ class FakeCluster:
                 self.weights = -1000  # whoever goes on without recovering will be found out
                 raise LearnerLost(f"learner-0 died in {text}")
 
-    def generate(self, problems: Sequence[Problem], seed: int) -> Future[list[Group]]:
+    def roll_out(self, problems: Sequence[Problem], seed: int, hear: Hear) -> Future[Scored]:
         step = problems[0].problem_id.split("/")[0]
-        self.say(f"generate {step}")
+        self.say(f"roll out {step}")
         self.seeds[seed] = step
-        if self.hang_at == "generate":
+        if self.hangs:
             return Future()
-        return done([self.group(problem) for problem in problems])
+        groups = [self.group(problem) for problem in problems]
+        for group in groups:
+            hear("generated", [group])
+        made = [Group(g.problem, tuple(scored(r) for r in g.rollouts)) for g in groups]
+        for group in reversed(made):  # in any order
+            hear("scored", [group])
+        return done(Scored(made, {"sandbox/programs": float(len(made))}))
 
     def group(self, problem: Problem) -> Group:
         completion = Completion((4, 1), (), "x", "eos", (0, 1), (1.0, 1.0))
@@ -68,13 +74,6 @@ class FakeCluster:
         return Group(
             problem, tuple(Rollout(name, i, (3,), completion, version, 0) for i in range(2))
         )
-
-    def score(self, groups: Sequence[Group]) -> Future[Scored]:
-        self.say(f"score {groups[0].problem.problem_id.split('/')[0]}")
-        if self.hang_at == "score":
-            return Future()
-        made = [Group(g.problem, tuple(scored(r) for r in g.rollouts)) for g in groups]
-        return done(Scored(made, {"sandbox/programs": float(len(made))}))
 
     def update(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         if self.interrupt_at == step:
@@ -179,9 +178,9 @@ def test_synchronous_order_of_calls(tmp_path: Path) -> None:
     loop, monitor = make_loop(tmp_path, cluster, steps=3, eval_every=2, save_every=2)
     state = loop.run()
     assert cluster.calls == [
-        *["sync", "generate 0", "score 0", "update 0", "sync"],
-        *["generate 1", "score 1", "update 1", "sync", "evaluate", "save"],
-        *["generate 2", "score 2", "update 2", "sync", "evaluate", "save"],
+        *["sync", "roll out 0", "update 0", "sync"],
+        *["roll out 1", "update 1", "sync", "evaluate", "save"],
+        *["roll out 2", "update 2", "sync", "evaluate", "save"],
         "finish 3",
     ]
     assert (state.step, state.policy_version) == (3, 4)
@@ -212,7 +211,7 @@ def test_batches_in_flight_never_exceed_the_bound(tmp_path: Path, bound: int) ->
     loop.run()
     asked = 0
     for call in cluster.calls:
-        asked += call.startswith("generate")
+        asked += call.startswith("roll out")
         if call.startswith("update"):
             # generated and not yet used while the learner works: the batches ahead
             assert asked - int(call.split()[1]) - 1 <= bound
@@ -232,6 +231,27 @@ def test_every_sample_is_checked_for_its_own_staleness(tmp_path: Path) -> None:
     assert metrics["trained"] == 0.0
 
 
+def test_too_old_samples_can_be_rolled_out_again_with_their_seeds(tmp_path: Path) -> None:
+    """A batch that was asked for long ago: its step's seeds again, and the weights of now."""
+
+    class Slow(FakeCluster):
+        def roll_out(self, problems: Sequence[Problem], seed: int, hear: Hear) -> Future[Scored]:
+            self.lag = 0 if seed in self.seeds else 2
+            return super().roll_out(problems, seed, hear)
+
+    cluster = Slow()
+    loop, monitor = make_loop(tmp_path, cluster, steps=1, max_staleness=1, stale="recompute")
+    loop.run()
+    assert cluster.calls[:5] == ["sync", "roll out 0", "roll out 0", "update 0", "sync"]
+    assert cluster.seeds == {derive_seed(7, "rollout", 0): "0"}
+    metrics = monitor.records[0][1]
+    assert metrics["trained"] == metrics["async/recomputed_stale"] == 4.0
+    assert metrics["async/dropped_stale"] == metrics["async/staleness_max"] == 0.0
+    assert metrics["sandbox/programs"] == 4.0  # both times
+    found = audit(tmp_path)
+    assert (found.violations, found.dropped, found.recomputed) == ([], {"no_spread": 4}, 4)
+
+
 def test_resume_goes_on_where_the_checkpoint_stopped(tmp_path: Path) -> None:
     cluster = FakeCluster()
     make_loop(tmp_path, cluster, steps=2)[0].run()
@@ -242,7 +262,7 @@ def test_resume_goes_on_where_the_checkpoint_stopped(tmp_path: Path) -> None:
     loop.run()
     assert again.calls[:2] == ["load", "sync"]
     assert again.weights == 4
-    assert [c for c in again.calls if c.startswith("generate")] == ["generate 2", "generate 3"]
+    assert [c for c in again.calls if c.startswith("roll out")] == ["roll out 2", "roll out 3"]
     assert [step for step, _ in monitor.records] == [3, 4]
 
 
@@ -267,8 +287,8 @@ def test_scored_batches_are_not_rolled_out_again(tmp_path: Path) -> None:
     loop, monitor = make_loop(tmp_path, again, checkpoint=saved, steps=9, max_staleness=2)
     assert list(read_batches(saved, batch)) == [3, 4]
     loop.run()
-    assert [call for call in again.calls if call.startswith("generate")] == [
-        f"generate {step}" for step in range(5, 9)
+    assert [call for call in again.calls if call.startswith("roll out")] == [
+        f"roll out {step}" for step in range(5, 9)
     ]
     assert [call for call in again.calls if call.startswith("update")] == [
         f"update {step}" for step in range(3, 9)
@@ -366,16 +386,15 @@ def test_interrupt_inside_an_update_keeps_the_last_checkpoint(tmp_path: Path) ->
     assert [p.name for p in Checkpoints(tmp_path).saved()] == ["global_step_2"]
 
 
-@pytest.mark.parametrize("what", ["generate", "score"])
-def test_every_wait_has_an_end(tmp_path: Path, what: str) -> None:
-    loop, _ = make_loop(tmp_path, FakeCluster(hang_at=what), timeout_s=0.05)
-    with pytest.raises(InfrastructureError, match=rf"{what} of step 0.*timeout_s=0\.05"):
+def test_every_wait_has_an_end(tmp_path: Path) -> None:
+    loop, _ = make_loop(tmp_path, FakeCluster(hangs=True), timeout_s=0.05)
+    with pytest.raises(InfrastructureError, match=r"rollouts of step 0.*timeout_s=0\.05"):
         loop.run()
 
 
 def test_errors_of_workers_reach_the_caller(tmp_path: Path) -> None:
     class Broken(FakeCluster):
-        def score(self, groups: Sequence[Group]) -> Future[Scored]:
+        def roll_out(self, problems: Sequence[Problem], seed: int, hear: Hear) -> Future[Scored]:
             future: Future[Scored] = Future()
             future.set_exception(InfrastructureError("reward-0 died"))
             return future

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rl.loss import LossTerms, clipped_policy_loss, k3_kl, mean_metrics, truncated_importance
+from rl.loss import LossTerms, clipped_policy_loss, k3_kl, mean_metrics
 
 LOG2 = math.log(2.0)
 
@@ -137,15 +137,19 @@ def test_metrics_are_sums_over_supervised_tokens_never_broadcast() -> None:
 
 
 def test_importance_weights_the_policy_term_but_not_the_kl() -> None:
-    weight = truncated_importance(torch.tensor([[LOG2, 3.0]]), torch.zeros(1, 2), cap=4.0)
-    assert weight.tolist() == [[pytest.approx(2.0), 4.0]]
-    logps = torch.zeros(1, 2)
-    loss, _ = clipped_policy_loss(
-        logps,
-        terms([[0.0, 0.0]], [1.0], importance=weight, reference=logps + LOG2, beta=1.0),
+    weight = torch.tensor([[2.0, 4.0]])
+    logps = torch.zeros(1, 2, requires_grad=True)
+    reference = torch.full((1, 2), LOG2)
+    loss, sums = clipped_policy_loss(
+        logps, terms([[0.0, 0.0]], [1.0], importance=weight, reference=reference, beta=1.0)
     )
     # -(2 + 4) + 2 * (2 - log 2 - 1)
     assert loss.item() == pytest.approx(-6 + 2 * (1 - LOG2))
+    loss.backward()
+    # -weight, and 1 - exp(ref - logp) = -1 of the KL
+    assert logps.grad is not None
+    assert logps.grad.tolist() == [[pytest.approx(-3.0), pytest.approx(-5.0)]]
+    assert sums["ratio"] == 2.0  # of the learner to its own start: the weight is not part of it
 
 
 def test_mean_metrics_names() -> None:

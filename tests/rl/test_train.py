@@ -1,6 +1,7 @@
 """`unmask train` end to end on a two-layer model in one process, and everything it refuses."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -184,6 +185,20 @@ def test_a_run_from_nothing_to_an_exported_model(config_file: Path, checkpoint: 
     assert again.exit_code == 0
     assert "nothing to do" in again.output
     assert len(read_metrics(run / "metrics.jsonl")) == len(records)
+
+
+def test_running_one_batch_ahead(config_file: Path) -> None:
+    ahead = ["algorithm.max_staleness=1", "algorithm.stale=recompute", "train.eval_every=0"]
+    notes = Notes()
+    prepare(load_train_config(config_file, ahead)).run(notes, SilentProgress())
+    steps = [values for _, values in notes.learned()]
+    assert len(steps) == 4
+    for values in steps:
+        assert values["async/staleness_max"] <= 1
+        assert values["async/dropped_stale"] == values["async/recomputed_stale"] == 0
+        assert values["async/older_share"] == (values["async/staleness_max"] > 0)
+        assert 0 < values["async/importance_mean"] <= 2.0
+        assert math.isfinite(values["async/importance_max"])
 
 
 def test_straight_equals_interrupted_and_resumed(config_file: Path) -> None:

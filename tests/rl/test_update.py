@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import rl.reference
 import rl.update
 from common.errors import UserError
 from common.records import Completion, Group, Problem, Rollout, Score
+from common.seeding import derive_seed
 from diffusion.layout import TokenRows
 from diffusion.likelihood import estimate_logps
 from diffusion.masking import coupled_masks
@@ -21,8 +23,11 @@ from diffusion.views import EstimatorConfig
 from models.checkpoint import new_model
 from models.denoiser import Denoiser
 from models.engine import EngineConfig, OptimConfig, StepInfo, TorchEngine
+from models.request import Request
+from models.scoring import with_behaviour_logps
 from models.spec import DiffusionSpec
-from rl.batch import sequence_of
+from rl.batch import make_batch, sequence_of
+from rl.offpolicy import BehaviourScoring
 from rl.update import AlgorithmConfig, PolicyUpdater
 
 VOCAB, MASK, EOS = 24, 2, 1
@@ -96,9 +101,16 @@ class Gang(Spy):
         everyone = self._gather(dict(values))
         return {name: sum(one[name] for one in everyone) for name in values}
 
+    def gather(self, mine: Any) -> list[Any]:
+        return self._gather(mine)
 
-def make_groups(count: int = 4, size: int = 2, seed: int = 0) -> list[Group]:
-    """Groups of random completions of different lengths; the first of each group is the best."""
+
+def make_groups(count: int = 4, size: int = 2, seed: int = 0, step: int = 0) -> list[Group]:
+    """Groups of random completions of different lengths; the first of each group is the best.
+
+    `step` only names them, as the loop and the rollout worker do.
+    """
+    batch_seed = derive_seed(3, "rollout", step)
     gen = torch.Generator().manual_seed(seed)
 
     def tokens(length: int) -> tuple[int, ...]:
@@ -120,15 +132,33 @@ def make_groups(count: int = 4, size: int = 2, seed: int = 0) -> list[Group]:
                 (1.0,) * (length + tail),
             )
             score = Score(float(index == 0) + 0.1 * number * index)
-            rollouts.append(Rollout(f"p{number}", index, prompt, completion, 0, 0, score))
+            own = derive_seed(batch_seed, f"p{number}", index)
+            rollouts.append(Rollout(f"p{number}", index, prompt, completion, 0, own, score))
         groups.append(Group(Problem(f"p{number}", "do"), tuple(rollouts)))
     return groups
+
+
+def behaved(
+    groups: list[Group], worker: Denoiser, version: int, iterations: int = 2
+) -> list[Group]:
+    """The groups as a rollout worker with these weights hands them in."""
+    scoring = BehaviourScoring(EstimatorConfig(), iterations)
+
+    def scored(rollout: Rollout) -> Rollout:
+        seeds = scoring.mask_seeds(rollout.seed, rollout.problem_id, rollout.sample_index)
+        request = Request(rollout.prompt_ids, rollout.seed, mask_seeds=seeds)
+        [completion] = with_behaviour_logps(
+            worker, [request], [rollout.completion], scoring.estimator
+        )
+        return replace(rollout, completion=completion, policy_version=version)
+
+    return [replace(g, rollouts=tuple(map(scored, g.rollouts))) for g in groups]
 
 
 def updater(engine: TorchEngine, spec: DiffusionSpec = BLOCK, **changes: Any) -> PolicyUpdater:
     config = AlgorithmConfig(**({"num_iterations": 1, "beta": 0.0} | changes))
     reference = denoiser(spec) if config.beta > 0 else None
-    return PolicyUpdater(engine, reference, spec, config, run_seed=3)
+    return PolicyUpdater(engine, reference, spec, config)
 
 
 def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -140,7 +170,7 @@ def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append(
             {
                 "grad": torch.is_grad_enabled(),
-                "own": getattr(score, "__self__", None) is not None,
+                "own": isinstance(getattr(score, "__self__", None), TorchEngine),
                 "sequences": tuple(sequences),
                 "seeds": tuple(seeds),
                 "logps": out.detach().clone(),
@@ -148,7 +178,8 @@ def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         )
         return out
 
-    monkeypatch.setattr(rl.update, "estimate_logps", spying)
+    for module in (rl.update, rl.reference):
+        monkeypatch.setattr(module, "estimate_logps", spying)
     return calls
 
 
@@ -233,7 +264,7 @@ def test_masks_change_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None
     calls = record_calls(monkeypatch)
     one = updater(Spy(denoiser()), tokens_per_micro_batch=10**6)
     for step in range(40):
-        one.update(make_groups(count=1), step)
+        one.update(make_groups(count=1, step=step), step)
     seeds = [call["seeds"][0] for call in calls]
     assert len(set(seeds)) == 40
     assert max(seeds) > 2**40  # no 12-bit seeds
@@ -259,24 +290,27 @@ def test_current_old_and_reference_share_the_masks_of_an_iteration(
     updater(Spy(denoiser()), num_iterations=2, beta=0.1, tokens_per_micro_batch=10**6).update(
         make_groups(), step=0
     )
-    old, ref0, ref1, current0, current1 = [call["seeds"] for call in calls]
-    assert [call["own"] for call in calls] == [True, False, False, True, True]
-    assert ref0 == current0
-    assert old == ref1 == current1
-    assert ref0 != ref1
+    # The reference is asked group by group, and of each group about both iterations.
+    assert [call["own"] for call in calls] == [True, *[False] * 8, True, True]
+    old, *reference, current0, current1 = [call["seeds"] for call in calls]
+    ref0, ref1 = sum(reference[0::2], ()), sum(reference[1::2], ())
+    assert sorted(ref0) == sorted(current0)
+    assert sorted(ref1) == sorted(current1)
+    assert old == current1
+    assert not set(ref0) & set(ref1)
 
 
 def test_beta_with_one_iteration() -> None:
-    """Defect 7: beta > 0 with mu = 1. Against the same policy the KL is exactly 0."""
+    """Defect 7: beta > 0 with mu = 1. Against the same policy the KL is rounding."""
     engine = Spy(denoiser())
     one = updater(engine, beta=0.5)
-    assert one.update(make_groups(), step=0)["policy/kl"] == 0.0
+    assert one.update(make_groups(), step=0)["policy/kl"] == pytest.approx(0.0, abs=1e-10)
     assert one.update(make_groups(), step=1)["policy/kl"] > 0.0
 
 
 def test_beta_without_reference_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="reference"):
-        PolicyUpdater(Spy(denoiser()), None, BLOCK, AlgorithmConfig(beta=0.1), run_seed=0)
+        PolicyUpdater(Spy(denoiser()), None, BLOCK, AlgorithmConfig(beta=0.1))
 
 
 @pytest.mark.parametrize("spec", [BLOCK, CANVAS], ids=["block", "canvas"])
@@ -298,11 +332,19 @@ def test_accumulating_one_by_one_equals_one_pass(spec: DiffusionSpec) -> None:
 
 
 @pytest.mark.parametrize("count", [4, 1], ids=["even", "one rank short"])
-def test_two_ranks_equal_one(count: int) -> None:
+@pytest.mark.parametrize("staleness", [0, 1], ids=["synchronous", "corrected"])
+def test_two_ranks_equal_one(count: int, staleness: int) -> None:
     groups = make_groups(count, size=3)
+    if staleness:
+        groups = behaved(groups, denoiser(seed=7), version=0, iterations=1)
     alone = Spy(denoiser())
-    config: dict[str, Any] = {"beta": 0.1, "tokens_per_micro_batch": 60}
-    expected = updater(alone, **config).update(groups, step=0)
+    config: dict[str, Any] = {
+        "beta": 0.1,
+        "tokens_per_micro_batch": 60,
+        "max_staleness": staleness,
+    }
+    expected = updater(alone, **config).update(groups, 0, version=1)
+    assert expected.get("async/older_share", 0.0) == staleness
     shared: list[Any] = [None, None]
     barrier = threading.Barrier(2)
     gang = [Gang(denoiser(), rank, shared, barrier) for rank in range(2)]
@@ -310,7 +352,7 @@ def test_two_ranks_equal_one(count: int) -> None:
     results: list[dict[str, float]] = [{}, {}]
 
     def work(rank: int) -> None:
-        results[rank] = updaters[rank].update(groups, step=0)
+        results[rank] = updaters[rank].update(groups, 0, version=1)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -367,9 +409,10 @@ def test_reference_is_refreshed_every_k_steps() -> None:
     one = updater(Spy(denoiser()), beta=0.1, reference_refresh_steps=2)
     groups = make_groups()
     kl = [one.update(groups, step)["policy/kl"] for step in range(4)]
-    assert kl[0] == 0.0
+    assert kl[0] == pytest.approx(0.0, abs=1e-10)
     assert kl[1] > 0.0
-    assert kl[2] == 0.0  # step 2 begins with the policy of now as its reference
+    # Step 2 begins with the policy of now as its reference.
+    assert kl[2] == pytest.approx(0.0, abs=1e-10)
     assert kl[3] > 0.0
 
 
@@ -419,3 +462,187 @@ def test_a_checkpoint_without_the_refreshed_reference_is_refused(tmp_path: Path)
 def test_every_setting_runs(change: dict[str, Any]) -> None:
     metrics = updater(Spy(denoiser()), num_iterations=2, **change).update(make_groups(), step=0)
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("spec", [BLOCK, CANVAS], ids=["block", "canvas"])
+def test_the_correction_of_equal_weights_changes_nothing(spec: DiffusionSpec) -> None:
+    """Bit for bit where versions are equal; to rounding where only the weights are."""
+
+    def run(groups: list[Group], **config: Any) -> tuple[Spy, dict[str, float]]:
+        engine = Spy(denoiser(spec))
+        one = updater(engine, spec, num_iterations=2, beta=0.1, **config)
+        return engine, one.update(groups, 0, version=4)
+
+    def gradients(engine: Spy) -> list[Tensor]:
+        return [value for step in engine.gradients for value in step.values()]
+
+    new = behaved(make_groups(), denoiser(spec), version=4)
+    synchronous, expected = run(new, max_staleness=0)
+    same_version, metrics = run(new, max_staleness=1)
+    pairs = zip(gradients(synchronous), gradients(same_version), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    assert {name: metrics[name] for name in expected} == expected
+    assert metrics["async/older_share"] == 0.0
+    old = behaved(make_groups(), denoiser(spec), version=3)
+    same_weights, metrics = run(old, max_staleness=1)
+    synchronous.gradients, same_weights.gradients = (
+        synchronous.gradients[:1],  # AdamW turns the rounding of a tiny gradient into a step
+        same_weights.gradients[:1],
+    )
+    assert_same_gradients(same_weights, synchronous)
+    assert metrics["async/older_share"] == 1.0
+    assert metrics["async/importance_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["async/importance_max"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["async/importance_truncated"] == 0.0
+
+
+def test_every_iteration_is_weighed_under_its_own_masks() -> None:
+    """The proximal policy is the learner at the start, for iterations after a step as well."""
+    groups = behaved(make_groups(), denoiser(seed=7), version=3)
+    config: dict[str, Any] = {"max_staleness": 1, "importance_cap": 1.2, "num_iterations": 2}
+    metrics = updater(Spy(denoiser()), **config).update(groups, 0, version=4)
+    weights = []
+    for group in groups:
+        for rollout in group.rollouts:
+            sequence = sequence_of(rollout)
+            sample = make_batch([group], "mean", False).samples[rollout.sample_index]
+            for i, behaviour in enumerate(rollout.completion.behaviour_logps):
+                with torch.no_grad():
+                    [start] = estimate_logps(
+                        denoiser(), BLOCK, [sequence], [sample.mask_seed(i)], EstimatorConfig()
+                    )
+                weights += (start - torch.tensor(behaviour)).exp().tolist()
+    assert max(weights) > 1.2
+    assert metrics["async/importance_max"] == pytest.approx(max(weights), rel=1e-3)
+    assert metrics["async/importance_mean"] == pytest.approx(
+        sum(min(weight, 1.2) for weight in weights) / len(weights), rel=1e-4
+    )
+    assert metrics["async/importance_truncated"] == pytest.approx(
+        sum(weight > 1.2 for weight in weights) / len(weights)
+    )
+
+
+def test_no_cap_means_no_correction() -> None:
+    groups = [
+        replace(g, rollouts=tuple(replace(r, policy_version=3) for r in g.rollouts))
+        for g in make_groups()
+    ]
+    config = AlgorithmConfig(max_staleness=1, importance_cap=None)
+    assert config.behaviour is None
+    metrics = updater(Spy(denoiser()), max_staleness=1, importance_cap=None).update(groups, 0, 4)
+    assert not any(name.startswith("async/") for name in metrics)
+    with pytest.raises(UserError, match=r"under 0 masks, but algorithm\.num_iterations=1"):
+        updater(Spy(denoiser()), max_staleness=1).update(groups, 0, version=4)
+
+
+def test_nothing_is_scored_at_staleness_0() -> None:
+    assert AlgorithmConfig().behaviour is None
+    estimator = EstimatorConfig(num_pairs=3)
+    asynchronous = AlgorithmConfig(max_staleness=2, num_iterations=3, estimator=estimator)
+    assert asynchronous.behaviour == BehaviourScoring(estimator, 3)
+
+
+class Asked(Denoiser):
+    """A reference that counts its passes."""
+
+    passes = 0
+
+    def forward(self, rows: TokenRows) -> Tensor:
+        self.passes += 1
+        return super().forward(rows)
+
+
+def asked(seed: int = 5) -> Asked:
+    """Of other weights than the policy, so that the KL is something."""
+    return Asked(new_model(ARCHITECTURE, seed), BLOCK)
+
+
+COMPARED = AlgorithmConfig(beta=0.1, num_iterations=2)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1], [2, 2, 0, 1, 3]], ids=str)
+def test_groups_that_stream_in_change_nothing(order: list[int]) -> None:
+    """In any order, some or all, twice: to the bit what the update works out alone."""
+    groups = make_groups()
+    alone, streamed = Spy(denoiser()), Spy(denoiser())
+    expected = PolicyUpdater(alone, asked(), BLOCK, COMPARED).update(groups, 0)
+    reference = asked()
+    one = PolicyUpdater(streamed, reference, BLOCK, COMPARED)
+    for number in order:
+        one.prepare([groups[number]])
+    assert reference.passes == 2 * len(set(order))
+    assert one.update(groups, 0) == expected
+    assert reference.passes == 2 * len(groups)  # nothing was asked twice
+    for ours, theirs in zip(streamed.gradients, alone.gradients, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_groups_without_signal_are_not_prepared() -> None:
+    reference = asked()
+    one = PolicyUpdater(Spy(denoiser()), reference, BLOCK, COMPARED)
+    flat = [replace(r, score=Score(1.0)) for r in make_groups()[0].rollouts]
+    one.prepare([replace(make_groups()[0], rollouts=tuple(flat))])
+    assert reference.passes == 0
+
+
+def test_a_sample_that_was_rolled_out_again_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same seed, same name, newer weights, other tokens."""
+    config = AlgorithmConfig(beta=0.1, max_staleness=1, importance_cap=None)
+    old, new = make_groups(seed=0), make_groups(seed=1)
+    new = [
+        replace(g, rollouts=tuple(replace(r, policy_version=1) for r in g.rollouts)) for g in new
+    ]
+    assert [r.seed for g in old for r in g.rollouts] == [r.seed for g in new for r in g.rollouts]
+    expected = PolicyUpdater(Spy(denoiser()), asked(), BLOCK, config).update(new, 0, version=1)
+    one = PolicyUpdater(Spy(denoiser()), asked(), BLOCK, config)
+    one.prepare(old)
+    assert one.update(new, 0, version=1) == expected
+
+
+@pytest.mark.parametrize(("bound", "left"), [(0, 8), (1, 0)])
+def test_what_can_still_be_used_is_kept(bound: int, left: int) -> None:
+    """Passes over the batch of the same weights, prepared before the update of the batch before."""
+    reference = asked()
+    config = AlgorithmConfig(beta=0.1, num_iterations=2, max_staleness=bound, importance_cap=None)
+    one = PolicyUpdater(Spy(denoiser()), reference, BLOCK, config)
+    later = make_groups(step=1)
+    one.prepare(later)
+    one.update(make_groups(step=0), 0, version=0)
+    before = reference.passes
+    one.update(later, 1, version=1)
+    assert reference.passes - before == left
+
+
+def test_a_refreshed_reference_forgets_what_it_said() -> None:
+    one = updater(Spy(denoiser()), beta=0.1, reference_refresh_steps=2)
+    groups = make_groups()
+    for step in range(2):
+        one.update(groups, step)
+    one.prepare(groups)  # by the reference of before
+    assert one.update(groups, 2)["policy/kl"] == pytest.approx(0.0, abs=1e-10)
+
+
+def test_ranks_share_the_reference_scoring() -> None:
+    """Each rank scores its share of a group as it streams in; whoever trains a sample knows it."""
+    groups = make_groups()
+    expected = PolicyUpdater(Spy(denoiser()), asked(), BLOCK, COMPARED).update(groups, 0)
+    shared: list[Any] = [None, None]
+    barrier = threading.Barrier(2)
+    gang = [Gang(denoiser(), rank, shared, barrier) for rank in range(2)]
+    references = [asked(), asked()]
+    found: list[Any] = [None, None]
+
+    def work(rank: int) -> None:
+        one = PolicyUpdater(gang[rank], references[rank], BLOCK, COMPARED)
+        for group in groups[:3]:
+            one.prepare([group])
+        found[rank] = one.update(groups, 0)
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found[0] == found[1]
+    assert found[0] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert [reference.passes for reference in references] == [8, 8]

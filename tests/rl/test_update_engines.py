@@ -54,7 +54,7 @@ def groups() -> list[Group]:
                 tuple(range(length + tail)), (1.0,) * (length + tail),
             )  # fmt: skip
             score = Score(float(index == number) + 0.1 * index)
-            rollouts.append(Rollout(f"p{number}", index, prompt, done, 0, 0, score))
+            rollouts.append(Rollout(f"p{number}", index, prompt, done, 0, 3, score))
         found.append(Group(Problem(f"p{number}", "do"), tuple(rollouts)))
     return found
 
@@ -64,8 +64,13 @@ def updated(config: EngineConfig, budget: int, rank: int = 0, ranks: int = 1) ->
     engine = make_engine(Denoiser(new_model(ARCHITECTURE, 0), SPEC), config, OPTIM, rank, ranks)
     reference = Denoiser(new_model(ARCHITECTURE, 0), SPEC)
     algorithm = AlgorithmConfig(num_iterations=2, beta=0.1, tokens_per_micro_batch=budget)
-    updater = PolicyUpdater(engine, reference, SPEC, algorithm, run_seed=3)
-    metrics = [updater.update(groups(), step) for step in range(STEPS)]
+    updater = PolicyUpdater(engine, reference, SPEC, algorithm)
+    metrics = []
+    for step in range(STEPS):
+        if ranks > 1:  # two of the three groups stream in before
+            for group in groups()[:2]:
+                updater.prepare([group])
+        metrics.append(updater.update(groups(), step))
     state = {name: value for bucket in engine.state_buckets() for name, value in bucket.items()}
     return {"metrics": metrics, "state": state}
 

@@ -21,7 +21,7 @@ from models.decoding import DecodingConfig
 from rl.config import TrainConfig
 from workers.cluster import RayCluster
 from workers.local import LocalCluster
-from workers.reward import join
+from workers.reward import RewardWorker, join
 
 ROOT = Path(__file__).resolve().parents[2]
 MakeConfig = Callable[..., TrainConfig]
@@ -63,8 +63,7 @@ def a_run(cluster: Any, problems: list[Problem], folder: Path) -> dict[str, Any]
     versions, rollouts, metrics = [], [], []
     for step in range(2):
         versions.append(cluster.sync_weights())
-        scored = cluster.score(cluster.generate(problems, seed=step).result(250)).result(250)
-        groups = scored.groups
+        groups = cluster.roll_out(problems, seed=step).result(250).groups
         rollouts.append(groups)
         metrics.append(cluster.update(groups, step))
     versions.append(cluster.sync_weights())
@@ -161,7 +160,7 @@ def test_broadcast_equals_pulling_and_survives_a_death(
     killed = cluster.pids["rollout-0"]
     os.kill(killed, signal.SIGKILL)
     assert cluster.sync_weights() == 4
-    groups = cluster.generate(problems, seed=1).result(250)
+    groups = cluster.roll_out(problems, seed=1).result(250).groups
     assert {r.policy_version for group in groups for r in group.rollouts} == {4}
     # The one that took its place is a member like any other.
     in_state(cluster, "rollout-0", "HEALTHY", not_pid=killed)
@@ -210,9 +209,9 @@ def test_what_scoring_took_adds_up_over_workers() -> None:
 def test_two_reward_workers_count_and_score_as_one(
     ray_config: MakeConfig, open_cluster: Callable[..., RayCluster]
 ) -> None:
-    local = LocalCluster(ray_config(reward=TESTED), with_learner=False)
-    expected = local.score(programs()).result(250)
-    local.close()
+    worker = RewardWorker(ray_config(reward=TESTED).scoring)
+    expected = worker.score(programs())
+    worker.close()
     # By hand: of each problem's five, one does not parse and two are one; the third problem's
     # three programs have no tests.
     assert counts(expected) == {
@@ -271,13 +270,13 @@ def test_killed_and_stopped_workers_cost_nothing_but_time(
     cluster = open_cluster(ray_config(rollouts=2, **FAST), say=said.append)
     cluster.update(scored_groups, 0)
     version = cluster.sync_weights()
-    before = cluster.generate(problems, seed=1).result(250)
+    before = cluster.roll_out(problems, seed=1).result(250).groups
     assert {r.policy_version for group in before for r in group.rollouts} == {version}
     # Killed: noticed at once. Stopped: after its deadline; nobody sends it a signal to go on.
     for number, name in ((signal.SIGKILL, "rollout-0"), (signal.SIGSTOP, "rollout-1")):
         pid = cluster.pids[name]
         os.kill(pid, number)
-        assert cluster.generate(problems, seed=1).result(250) == before
+        assert cluster.roll_out(problems, seed=1).result(250).groups == before
         in_state(cluster, name, "DEAD", "STALE")
         in_state(cluster, name, "HEALTHY")
         assert cluster.pids[name] != pid
@@ -304,18 +303,18 @@ def test_a_lost_learner_starts_anew_from_its_checkpoint(
     cluster.update(scored_groups, 0)
     cluster.save(tmp_path / "saved")
     cluster.sync_weights()
-    expected = cluster.generate(problems, seed=1).result(250)
+    expected = cluster.roll_out(problems, seed=1).result(250).groups
     cluster.update(scored_groups, 1)
     pids = [cluster.pids["learner-0"], cluster.pids["learner-1"]]
     os.kill(pids[1], number)
     with pytest.raises(LearnerLost, match=r"learner-1 .*in `update`.*learner-1\.log"):
         cluster.update(scored_groups, 2)
-    under_way = cluster.generate(problems, seed=2)
+    under_way = cluster.roll_out(problems, seed=2)
     cluster.recover(tmp_path / "saved")
     with pytest.raises(InfrastructureError, match="dropped"):
         under_way.result(250)
     version = cluster.sync_weights()
-    again = cluster.generate(problems, seed=1).result(250)
+    again = cluster.roll_out(problems, seed=1).result(250).groups
     assert _texts(again) == _texts(expected)
     assert {r.policy_version for group in again for r in group.rollouts} == {version}
     gone_processes(pids)
@@ -378,7 +377,7 @@ try:
     raise SystemExit("no interrupt")
 except KeyboardInterrupt:
     pass  # workers live on: the loop wants to save before it ends
-[group] = cluster.generate(problems, 0).result(60)
+[group] = cluster.roll_out(problems, 0).result(60).groups
 assert len(group.rollouts) == 4
 family = psutil.Process().children(recursive=True)
 assert set(cluster.pids.values()) <= {process.pid for process in family}

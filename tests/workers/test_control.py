@@ -157,7 +157,7 @@ def test_a_run_whose_driver_was_killed_is_one_line(tmp_path: Path) -> None:
 
 def tokens(cluster: RayCluster, problems: list[Problem]) -> list[tuple[int, ...]]:
     """Without confidences: those are floats, whose last bits depend on who is in the batch."""
-    groups = cluster.generate(problems, seed=1).result(250)
+    groups = cluster.roll_out(problems, seed=1).result(250).groups
     return [rollout.completion.token_ids for group in groups for rollout in group.rollouts]
 
 

@@ -428,6 +428,62 @@ def test_all_ranks_are_called_together(gang_of: Any) -> None:
     assert [fact.pid for fact in gang.facts] == [1011, 1011]
 
 
+def test_what_is_posted_is_done_before_the_next_call_and_counts_as_work(gang_of: Any) -> None:
+    gang, lives, clock = gang_of()
+    for rank in lives[0]:
+        rank.answers = False
+    gang.post("prepare", "too early: nothing was called yet")
+    assert [rank.calls for rank in lives[0]] == [[], []]
+    for rank in lives[0]:
+        rank.answers = True
+    gang.call("start")
+    for rank in lives[0]:
+        rank.answers = False
+    gang.post("prepare", "groups")
+    for rank in lives[0]:
+        method, args, future = rank.calls[-1]
+        assert (method, args) == ("prepare", ("groups",))
+        rank.answers = True
+        future.set_result(1.5)
+    gang.call("update")
+    assert gang.busy_s == 1.5  # the clock stood still
+    assert [[method for method, *_ in rank.calls] for rank in lives[0]] == [
+        ["start", "prepare", "update"]
+    ] * 2
+
+
+def test_nothing_is_posted_to_a_busy_gang(gang_of: Any) -> None:
+    gang, lives, _ = gang_of()
+    gang.call("start")
+    first = lives[0][0]
+    answer = first.call
+
+    def call(method: str, *args: Any) -> Future[Any]:
+        gang.post("prepare", "groups")  # from another thread, while the ranks are being called
+        return answer(method, *args)
+
+    first.call = call
+    gang.call("update")
+    assert [method for method, *_ in first.calls] == ["start", "update"]
+
+
+def test_what_fails_behind_a_post_is_found_by_the_next_call(gang_of: Any) -> None:
+    gang, lives, _ = gang_of()
+    gang.call("start")
+    for rank in lives[0]:
+        rank.answers = False
+    gang.post("prepare", "groups")
+    lives[0][1].die("ran out of memory")
+    with pytest.raises(LearnerLost, match=r"learner-1\.0 ran out of memory"):
+        gang.call("update")
+    gang.rebuild()
+    for rank in lives[1]:
+        rank.answers = True
+    gang.post("prepare", "of the life before: it must not meet ranks that have not started")
+    assert gang.call("start") == ["learner-0.1 start", "learner-1.1 start"]
+    assert [method for method, *_ in lives[1][0].calls] == ["start"]
+
+
 def test_one_dead_rank_loses_the_gang_and_is_named(gang_of: Any) -> None:
     gang, lives, _ = gang_of()
     peer, dead = lives[0]
