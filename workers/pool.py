@@ -112,6 +112,11 @@ class Pool:
         return list(dict.fromkeys(piece.job for piece in self._pieces.values()))
 
     @property
+    def queued(self) -> bool:
+        """There may be work for somebody (it may have been forgotten since)."""
+        return bool(self._waiting)
+
+    @property
     def waiting(self) -> int:
         """Pieces that nobody has."""
         return len(self._pieces) - self.under_way
@@ -119,7 +124,7 @@ class Pool:
     @property
     def under_way(self) -> int:
         """Pieces that somebody has."""
-        return sum(number in self._pieces for number in self._running.values())
+        return sum(number in self._pieces for number in list(self._running.values()))
 
 
 def cut(items: Sequence[T], workers: int, smallest: int = 1) -> list[list[T]]:
