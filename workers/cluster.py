@@ -49,6 +49,7 @@ class RayCluster:
         config: the run. Logs go to `<run>/logs/<role>-<i>.log`.
         with_learner: False starts no learner; only `generate`, `score` and `evaluate` work.
         say: hears who died and what is done about it, one line each.
+        launcher: makes the workers; `benchmarks/scaling.py` has some that only sleep.
 
     Raises:
         UserError: no cluster at the address, too few resources, or a worker's bad input.
@@ -60,8 +61,10 @@ class RayCluster:
         config: TrainConfig,
         with_learner: bool = True,
         say: Callable[[str], None] = lambda text: None,
+        launcher: Callable[[TrainConfig, str, bool], Launcher] = Launcher,
     ) -> None:
         self._config = config
+        self._make_launcher = launcher
         cluster = config.cluster
         self._timeout_s = cluster.timeout_s
         self._limits = Limits(cluster.heartbeat_s, cluster.dead_after_s, cluster.timeout_s)
@@ -94,7 +97,7 @@ class RayCluster:
         cpus = sum(want.count * want.each["CPU"] for want in wanted)
         self._owns_ray = connect(self._config.cluster.address, cpus, weight_bytes)
         check_fits(wanted)
-        start = self._launcher = Launcher(self._config, self._name, self._owns_ray)
+        start = self._launcher = self._make_launcher(self._config, self._name, self._owns_ray)
         patience = self._limits.dead_after_s
         self._catalogues = Catalogues(
             start.catalogue, start.catalogues, self._watch, patience, self._say
