@@ -20,11 +20,10 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +38,7 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from pydantic import TypeAdapter  # noqa: E402
 
+from benchmarks.lib.record import record  # noqa: E402
 from benchmarks.lib.simulated import (  # noqa: E402
     CatalogueReader,
     HandWorker,
@@ -191,7 +191,9 @@ def run(rollout: int, reward: int, steps: int, simulated: Simulated, options: An
 def scale(rollout: int, simulated: Simulated, options: argparse.Namespace) -> list[Row]:
     """Throughput and the driver's time with so many rollout workers."""
     reward = max(1, rollout // ROLLOUTS_PER_REWARD)
-    marks = run(rollout, reward, WARM_UP + options.steps, simulated, options)[WARM_UP - 1 :]
+    # Each step counted has as much of it done ahead as is done of its successors meanwhile.
+    count = WARM_UP + options.steps
+    marks = run(rollout, reward, count + options.staleness, simulated, options)[WARM_UP - 1 : count]
     case = f"{rollout} rollout, {reward} reward"
     seconds = marks[-1].at - marks[0].at
     rollouts = sum(mark.rollouts for mark in marks[1:])
@@ -223,14 +225,14 @@ def memory(simulated: Simulated, options: argparse.Namespace) -> list[Row]:
     return [row(case, "memory", "MiB", last, first, first / last), driver_row(case, marks)]
 
 
-def crew_turns(size: int) -> Row:
+def crew_turns(size: int) -> list[Row]:
     """The driver's books alone: CPU of handing out a piece and taking its answer, one at a time.
 
     A crew of workers without processes; a turn for every answer is the most turns there can be.
     The reference is a crew of one.
     """
     cost = {count: piece_ms(count) for count in (1, size)}
-    return row(f"crew of {size}", "piece", "ms", cost[size], cost[1], cost[1] / cost[size])
+    return [row(f"crew of {size}", "piece", "ms", cost[size], cost[1], cost[1] / cost[size])]
 
 
 def piece_ms(size: int, pieces: int = 2000) -> float:
@@ -318,17 +320,17 @@ def catalogue_ms(folder: Path, buckets: int, readers: int = 4, reads: int = 10) 
 
 def row(case: str, metric: str, unit: str, ours: float, reference: float, ratio: float) -> Row:
     """DESIGN's row; `ratio` above 1 means that ours is better."""
-    numbers = {"ours": round(ours, 3), "reference": round(reference, 3), "ratio": round(ratio, 3)}
+    figures = {"ours": round(ours, 3), "reference": round(reference, 3), "ratio": round(ratio, 3)}
     load = {"load": round(os.getloadavg()[0], 1)}
-    return {"case": case, "metric": metric, "unit": unit, **numbers, **load}
+    return {"case": case, "metric": metric, "unit": unit, **figures, **load}
 
 
 def main() -> None:
     """Print a table, or with --json one object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--workers", default="1,2,4,8,16,32,64", help="rollout workers")
-    parser.add_argument("--steps", type=int, default=6, help="measured ones of each case")
+    parser.add_argument("--workers", type=numbers, default="1,2,4,8,16,32,64", help="of rollout")
+    parser.add_argument("--steps", type=int, default=4, help="measured ones of each case")
     parser.add_argument("--long-steps", type=int, default=500, help="0 leaves the case out")
     parser.add_argument("--long-workers", type=int, default=8, help="rollout workers of that case")
     parser.add_argument("--crew", type=int, default=1000, help="workers without processes")
@@ -344,28 +346,46 @@ def main() -> None:
         options.seconds, options.reward_seconds, options.update_seconds, options.tokens
     )
     torch.set_num_threads(1)
-    rows = [crew_turns(options.crew), *ray_costs(options)]
-    for rollout in map(int, filter(None, options.workers.split(","))):
-        rows += scale(rollout, simulated, options)
+    cases: list[Callable[[], list[Row]]] = [
+        partial(crew_turns, options.crew),
+        partial(ray_costs, options),
+        *(partial(scale, count, simulated, options) for count in options.workers),
+    ]
     if options.long_steps:
-        rows += memory(simulated, options)
-    report(rows, options.json)
+        cases.append(partial(memory, simulated, options))
+    report([row for case in cases for row in told(case)], options.json)
+
+
+def numbers(text: str) -> list[int]:
+    """Of a list with commas; an empty one leaves the cases out."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def told(case: Callable[[], list[Row]]) -> list[Row]:
+    """Its rows, also to stderr at once: all cases take minutes, and a later one may fail."""
+    began = time.monotonic()
+    rows = case()
+    for one in rows:
+        print(line(one), file=sys.stderr)
+    print(f"took {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return rows
+
+
+def line(one: Row) -> str:
+    """A row of the table."""
+    names = f"{one['case']:28}{one['metric']:12}{one['unit']:6}"
+    return f"{names}{one['ours']:>10}{one['reference']:>12}{one['ratio']:>8}{one['load']:>7}"
 
 
 def report(rows: list[Row], as_json: bool) -> None:
     """To stdout."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    found = record("scaling", f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores", rows)
     if as_json:
-        print(json.dumps({"name": "scaling", "machine": machine, "commit": commit, "rows": rows}))
+        print(json.dumps(found))
         return
-    print(f"scaling on {machine}, commit {commit}; load: of the machine, at the end of the case")
+    print(f"scaling on {found['machine']}, commit {found['commit']}; load: at the end of a case")
     print(f"{'case':28}{'metric':12}{'unit':6}{'ours':>10}{'reference':>12}{'ratio':>8}{'load':>7}")
-    for r in rows:
-        names = f"{r['case']:28}{r['metric']:12}{r['unit']:6}"
-        print(f"{names}{r['ours']:>10}{r['reference']:>12}{r['ratio']:>8}{r['load']:>7}")
+    print("\n".join(map(line, rows)))
 
 
 if __name__ == "__main__":

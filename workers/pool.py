@@ -33,7 +33,7 @@ class _Piece:
 
 
 class Pool:
-    """The books of one role. Not thread-safe: one thread keeps them."""
+    """The books of one role. One thread keeps them; others may only look at the counts."""
 
     def __init__(self) -> None:
         self._numbers = count()
@@ -119,7 +119,7 @@ class Pool:
     @property
     def waiting(self) -> int:
         """Pieces that nobody has."""
-        return len(self._pieces) - self.under_way
+        return max(0, len(self._pieces) - self.under_way)  # counted while others may come
 
     @property
     def under_way(self) -> int:
