@@ -12,7 +12,7 @@ from typing import Literal
 
 from common.records import Completion, Group, Problem, Rollout, Score, Scored
 from common.seeding import derive_seed
-from diffusion.arness import global_ar_ness, local_ar_ness
+from diffusion.arness import ar_ness
 from diffusion.layout import Sequence, decoded_sequence
 from rl.advantage import Advantages, Baseline, group_advantages
 from rl.estimates import distinct_shares
@@ -282,7 +282,8 @@ def _completion_metrics(completions: List[Completion]) -> dict[str, float]:
     maps = [c.step_map for c in completions if c.step_map]
     if maps:
         metrics["decode/tokens_per_step"] = mean(len(m) / (max(m) + 1) for m in maps)
-        for k in AR_NESS_K:
-            metrics[f"decode/ar_local@{k}"] = mean(local_ar_ness(m, k) for m in maps)
-            metrics[f"decode/ar_global@{k}"] = mean(global_ar_ness(m, k) for m in maps)
+        found = [ar_ness(m, AR_NESS_K) for m in maps]
+        for place, k in enumerate(AR_NESS_K):
+            metrics[f"decode/ar_local@{k}"] = mean(local[place] for local, _ in found)
+            metrics[f"decode/ar_global@{k}"] = mean(whole[place] for _, whole in found)
     return metrics

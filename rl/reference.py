@@ -58,13 +58,8 @@ class Reference:
         self._known: dict[Key, list[Tensor]] = {}  # the share of this rank, an entry an iteration
 
     def prepare(self, samples: List[Sample]) -> None:
-        """Score now what `logps` will be asked for. Every rank is told the same, in one order.
-
-        A reference that lives on the host waits for the whole batch instead: its way is long.
-        """
-        home = next(self._denoiser.parameters()).device
-        if home == self._engine.device:
-            self._score(samples)
+        """Score now what `logps` will be asked for. Every rank is told the same, in one order."""
+        self._score(samples)
 
     def logps(self, plan: List[MicroBatch], samples: List[Sample]) -> list[list[Tensor]]:
         """Log-probabilities by iteration and micro-batch: float32 [B, C], 0 behind the end.
@@ -75,8 +70,7 @@ class Reference:
             plan: of this rank.
             samples: of all ranks.
         """
-        with self._at_hand():
-            self._score(samples)
+        self._score(samples)
         known = {k: v for share in self._engine.gather(self._known) for k, v in share.items()}
         device = self._engine.device
         return [
@@ -94,12 +88,13 @@ class Reference:
         new = [sample for sample in samples if _key(sample) not in self._asked]
         self._asked |= {_key(sample) for sample in new}
         estimator, engine = self._scoring.estimator, self._engine
-        for _, group in itertools.groupby(new, key=lambda sample: sample.problem_id):
-            members = list(group)
-            costs = [forward_tokens(self._spec, one.sequence, estimator) for one in members]
-            share = micro_batches(members, costs, self._budget, engine.rank, engine.world_size)
-            for micro in share:
-                self._score_one(micro)
+        with self._at_hand() if new else nullcontext():
+            for _, group in itertools.groupby(new, key=lambda sample: sample.problem_id):
+                members = list(group)
+                costs = [forward_tokens(self._spec, one.sequence, estimator) for one in members]
+                share = micro_batches(members, costs, self._budget, engine.rank, engine.world_size)
+                for micro in share:
+                    self._score_one(micro)
 
     def _score_one(self, micro: MicroBatch) -> None:
         sequences = [sample.sequence for sample in micro.samples]

@@ -1,10 +1,16 @@
 """Every benchmark still starts: they are scripts, which neither mypy nor another test imports."""
 
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from benchmarks.lib.simulated import Simulated, SleepingReward, SleepingRollout
+from common.records import Problem
+from common.seeding import derive_seed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,3 +22,78 @@ def test_it_says_how_it_is_used(script: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--json" in done.stdout
+
+
+@pytest.mark.ray
+def test_scaling_at_a_tiny_size() -> None:
+    sizes = ["--workers=2", "--steps=2", "--long-steps=10", "--long-workers=1", "--crew=3"]
+    sizes += ["--calls=10", "--buckets=5"]
+    quick = ["--seconds=0.01", "--reward-seconds=0", "--update-seconds=0", "--tokens=8"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/scaling.py", "--json", *sizes, *quick],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["name"] == "scaling" and found["machine"] and found["commit"]
+    assert [(row["case"], row["metric"], row["unit"]) for row in found["rows"]] == [
+        ("crew of 3", "piece", "ms"),
+        ("actor call", "driver", "ms"),
+        ("catalogue of 5 buckets", "shelf", "ms"),
+        ("catalogue of 5 buckets", "owner", "ms"),
+        ("catalogue of 5 buckets", "reader", "ms"),
+        ("2 rollout, 1 reward", "throughput", "1/s"),
+        ("2 rollout, 1 reward", "driver", "ms"),
+        ("10 steps", "memory", "MiB"),
+        ("10 steps", "driver", "ms"),
+    ]
+    rows = {(row["case"], row["metric"]): row for row in found["rows"]}
+    for case in (("crew of 3", "piece"), ("actor call", "driver"), ("10 steps", "driver")):
+        assert rows[case]["ours"] > 0
+    # What two workers would do if they only slept: 100 rollouts/s each, 20 % more or less.
+    assert 160 < rows["2 rollout, 1 reward", "throughput"]["reference"] < 250
+
+
+def test_simulated_workers_return_what_real_ones_would() -> None:
+    simulated = Simulated(rollout_s=0.0, reward_s=0.0, update_s=0.0, tokens=10)
+    problems = [Problem("a", "do"), Problem("b", "do")]
+    groups = SleepingRollout(simulated).generate(problems, 7, 3, None, 5)
+    assert [group.problem for group in groups] == problems
+    for group in groups:
+        for index, one in enumerate(group.rollouts):
+            assert (one.sample_index, one.policy_version) == (index, 5)
+            assert one.seed == derive_seed(7, group.problem.problem_id, index)
+            assert len(one.completion.token_ids) == len(one.completion.confidences) == 10
+            # Blocks of four in order, the last one cut short.
+            assert sorted(one.completion.step_map[:4]) == [0, 1, 2, 3]
+            assert sorted(one.completion.step_map[4:8]) == [4, 5, 6, 7]
+    assert groups == SleepingRollout(simulated).generate(problems, 7, 3, None, 5)
+    scored = SleepingReward(simulated).score(groups)
+    assert [g.problem for g in scored.groups] == problems
+    assert {r.score.total for g in scored.groups for r in g.rollouts if r.score} == {0.0, 2.0}
+
+
+def test_a_group_is_slept_for_as_long_as_it_is_counted() -> None:
+    """Within 20 % of the rollouts' own time, and by their seeds alone."""
+    simulated = Simulated(rollout_s=0.002, reward_s=0.0, update_s=0.0, tokens=4)
+    worker = SleepingRollout(simulated)
+    began = time.monotonic()
+    groups = worker.generate([Problem(str(n), "do") for n in range(5)], 1, 4, None, 0)
+    took = time.monotonic() - began
+    each = [simulated.decoding_s(group) for group in groups]
+    assert all(0.8 * 0.008 <= seconds <= 1.2 * 0.008 for seconds in each)
+    assert len(set(each)) == 5
+    assert took >= sum(each)
+    assert SleepingReward(simulated).score(groups).sums == {"simulated/slept_s": sum(each)}
+
+
+def test_simulated_workers_do_without_torch() -> None:
+    """Or a hundred of their processes would not fit on a small machine."""
+    code = (
+        "import benchmarks.lib.simulated, workers.placement, sys; sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, cwd=ROOT)
+    assert done.returncode == 0

@@ -48,6 +48,7 @@ class RayCluster:
         config: the run. Logs go to `<run>/logs/<role>-<i>.log`.
         with_learner: False starts no learner; only `roll_out`, `score` and `evaluate` work.
         say: hears who died and what is done about it, one line each.
+        launcher: makes the workers; `benchmarks/scaling.py` has some that only sleep.
 
     Raises:
         UserError: no cluster at the address, too few resources, or a worker's bad input.
@@ -59,8 +60,10 @@ class RayCluster:
         config: TrainConfig,
         with_learner: bool = True,
         say: Callable[[str], None] = lambda text: None,
+        launcher: Callable[[TrainConfig, str, bool], Launcher] = Launcher,
     ) -> None:
         self._config = config
+        self._make_launcher = launcher
         cluster = config.cluster
         self._timeout_s = cluster.timeout_s
         self._limits = Limits(cluster.heartbeat_s, cluster.dead_after_s, cluster.timeout_s)
@@ -93,7 +96,7 @@ class RayCluster:
         cpus = sum(want.count * want.each["CPU"] for want in wanted)
         self._owns_ray = connect(self._config.cluster.address, cpus, weight_bytes)
         check_fits(wanted)
-        start = self._launcher = Launcher(self._config, self._name, self._owns_ray)
+        start = self._launcher = self._make_launcher(self._config, self._name, self._owns_ray)
         patience = self._limits.dead_after_s
         self._catalogues = Catalogues(
             start.catalogue, start.catalogues, self._watch, patience, self._say
@@ -205,10 +208,12 @@ class RayCluster:
         self, problems: Sequence[Problem], seed: int, hear: Hear = nobody
     ) -> Future[Scored]:
         """See `rl.protocol.Cluster`. What is scored goes on to the learner, if it is not busy."""
+        # One on the host would have to travel to the device for every group.
+        prepares = self._config.algorithm.beta > 0 and not self._config.engine.offload_reference
 
         def pass_on(event: Arrival, groups: Sequence[Group]) -> None:
             hear(event, groups)
-            if event == "scored" and self._gang is not None:
+            if event == "scored" and prepares and self._gang is not None:
                 self._gang.post("prepare", groups)
 
         return self._roll_out(problems, seed, self._config.rollout.group_size, None, pass_on)

@@ -18,6 +18,8 @@ from workers.pool import Pool
 from workers.slot import CrewStatus, Slot, Worker, describe_failure
 
 CLOSE_TIMEOUT_S = 3.0
+# Looking after everybody costs as much as there are workers, so it is not done at every answer.
+LOOKS_PER_HEARTBEAT = 20
 Work = tuple[str, tuple[Any, ...]]  # method and arguments
 Reaction = Callable[..., None]
 
@@ -61,7 +63,7 @@ class Crew:
         self._held = False
         self._last_turn = clock()
         self._counted_from = clock()
-        self.status = CrewStatus()
+        self._look_at = clock()
         self._resize(size)
         self._thread: Future[None] | None = None
 
@@ -89,7 +91,7 @@ class Crew:
     def hold(self, held: bool) -> None:
         """While held, nobody is started and no work is handed out: there are no weights to pull."""
         self._held = held
-        self._events.put(lambda: None)
+        self._events.put(self._look_soon)
 
     def tell(self, method: str, *args: Any) -> None:
         """Call a method of everybody who is HEALTHY, for what it does; no answer is waited for."""
@@ -104,6 +106,18 @@ class Crew:
     def pids(self) -> dict[str, int]:
         """Of the workers that have said so."""
         return {s.name: s.facts.pid for s in list(self._slots.values()) if s.facts}
+
+    @property
+    def status(self) -> CrewStatus:
+        """What there is to say of everybody now."""
+        now, slots = self._clock(), list(self._slots.values())
+        return CrewStatus(
+            actors=[slot.describe(self.role, now) for slot in slots],
+            waiting=self._pool.waiting,
+            under_way=self._pool.under_way,
+            idle=self._idle(slots, now),
+            reissued=self._pool.reissued,
+        )
 
     def close(self) -> None:
         """End the thread and the workers."""
@@ -145,13 +159,20 @@ class Crew:
         now = self._clock()
         away = now - self._last_turn - max(wait_s, self._limits.heartbeat_s)
         self._last_turn = now
-        for slot in list(self._slots.values()):
-            if away > 0:
+        if away > 0:
+            for slot in self._slots.values():
                 slot.vitals.excuse(away)
-            self._look_after(slot, now)
+        if now >= self._look_at:
+            self._look_at = now + self._limits.heartbeat_s / LOOKS_PER_HEARTBEAT
+            for slot in list(self._slots.values()):
+                self._look_after(slot, now)
+            self._check_jobs(now)
+            self._forget(now)
         self._hand_out(now)
-        self._check_jobs(now)
-        self._publish(now)
+
+    def _look_soon(self) -> None:
+        """Something has happened that `_look_after` answers to: not a mere result."""
+        self._look_at = self._clock()
 
     def _submit(self, work: list[Work], out: Future[list[Any]]) -> None:
         if self._error is not None:
@@ -166,6 +187,7 @@ class Crew:
         job.future.add_done_callback(pass_on)
 
     def _resize(self, size: int) -> None:
+        self._look_soon()
         staying = [slot for slot in self._slots.values() if not slot.vitals.leaving]
         for slot in staying[size:]:
             slot.vitals.leaving = True
@@ -225,8 +247,7 @@ class Crew:
         now = self._clock()
         slot.vitals.beat(now)
         slot.asked_at, slot.beaten_at, slot.facts = None, now, done.result()
-        settled = all(s.facts for s in self._slots.values())
-        if settled and not self._ready.done():
+        if not self._ready.done() and all(s.facts for s in self._slots.values()):
             self._ready.set_result(None)
 
     def _tell(self, method: str, args: tuple[Any, ...]) -> None:
@@ -236,15 +257,21 @@ class Crew:
                 slot.worker.call(method, *args)
 
     def _hand_out(self, now: float) -> None:
-        if self._held:
+        if self._held or not self._pool.queued:
             return
-        free = {slot.key: slot for slot in self._slots.values() if slot.state(now) is State.HEALTHY}
+        free = {
+            slot.key: slot
+            for slot in self._slots.values()
+            if slot.piece_since is None and slot.state(now) is State.HEALTHY
+        }
         for key, number, (method, args) in self._pool.assign(free):
             slot = free[key]
             slot.piece_since = now
             self._then(slot, slot.worker.call(method, *args), self._answered, number)
 
     def _answered(self, slot: Slot, key: str, done: Future[Any], number: int) -> None:
+        if slot.vitals.leaving:
+            self._look_soon()
         error = done.exception()
         if error is None:
             counted = self._pool.finish(key, number, done.result())
@@ -275,6 +302,7 @@ class Crew:
     def _lost(self, slot: Slot, error: BaseException) -> None:
         """Give the worker up: its piece goes back, another one takes its place."""
         now = self._clock()
+        self._look_soon()
         number = self._pool.lose(slot.key)
         slot.worker.kill()
         slot.gone, slot.piece_since = True, None
@@ -299,6 +327,7 @@ class Crew:
         slot.worker = self._start(slot.name, slot.incarnation)
         slot.vitals = Vitals(self._limits, self._clock())
         slot.gone, slot.facts, slot.asked_at, slot.beaten_at = False, None, None, 0.0
+        self._look_soon()  # and ask it whether it is there
 
     def _let_go(self, slot: Slot) -> None:
         del self._slots[slot.name]
@@ -329,27 +358,19 @@ class Crew:
         for job in self._pool.jobs():
             self._pool.fail(job, error)
 
-    # What others see
-
-    def _publish(self, now: float) -> None:
-        slots = list(self._slots.values())
-        self.status = CrewStatus(
-            actors=[slot.describe(self.role, now) for slot in slots],
-            waiting=self._pool.waiting,
-            under_way=self._pool.under_way,
-            idle=self._idle(slots, now),
-            reissued=self._pool.reissued,
-        )
-
     def _idle(self, slots: Sequence[Slot], now: float) -> float:
         """Share of the members' time without work, over the last minute or so."""
         span = now - self._counted_from
-        busy = sum(s.busy_s + (now - s.piece_since if s.piece_since else 0.0) for s in slots)
-        if span > 60:  # forget half
-            self._counted_from += span / 2
-            for slot in slots:
-                slot.busy_s /= 2
+        busy = sum(s.busy_s + (now - since if (since := s.piece_since) else 0.0) for s in slots)
         return 1.0 - min(1.0, busy / (span * len(slots))) if span > 0 and slots else 1.0
+
+    def _forget(self, now: float) -> None:
+        """Half of the time that idleness is measured over, after a minute."""
+        span = now - self._counted_from
+        if span > 60:
+            self._counted_from += span / 2
+            for slot in self._slots.values():
+                slot.busy_s /= 2
 
 
 def _kill_after(closing: Future[Any], worker: Worker, timeout_s: float) -> None:

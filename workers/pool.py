@@ -33,7 +33,7 @@ class _Piece:
 
 
 class Pool:
-    """The books of one role. Not thread-safe: one thread keeps them."""
+    """The books of one role. One thread keeps them; others may only look at the counts."""
 
     def __init__(self) -> None:
         self._numbers = count()
@@ -112,14 +112,19 @@ class Pool:
         return list(dict.fromkeys(piece.job for piece in self._pieces.values()))
 
     @property
+    def queued(self) -> bool:
+        """There may be work for somebody (it may have been forgotten since)."""
+        return bool(self._waiting)
+
+    @property
     def waiting(self) -> int:
         """Pieces that nobody has."""
-        return len(self._pieces) - self.under_way
+        return max(0, len(self._pieces) - self.under_way)  # counted while others may come
 
     @property
     def under_way(self) -> int:
         """Pieces that somebody has."""
-        return sum(number in self._pieces for number in self._running.values())
+        return sum(number in self._pieces for number in list(self._running.values()))
 
 
 def cut(items: Sequence[T], workers: int, smallest: int = 1) -> list[list[T]]:

@@ -57,7 +57,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class CrewStatus:
-    """What others may know. idle: share of the members' time since the last status."""
+    """What others may know. idle: share of the members' time, over a minute or so."""
 
     actors: list[dict[str, Any]] = field(default_factory=list)
     waiting: int = 0

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from diffusion.arness import global_ar_ness, local_ar_ness, random_order
+from diffusion.arness import ar_ness, global_ar_ness, local_ar_ness, random_order
 from diffusion.masking import generator
 
 FORWARD = [0, 1, 2, 3]
@@ -50,6 +50,25 @@ def test_tokens_of_one_step_are_ordered_by_position(k: int) -> None:
     # Blocks of two decoded left to right, two tokens a step: as good as AR.
     assert local_ar_ness([0, 0, 1, 1, 2, 2], k) == 1.0
     assert global_ar_ness([0, 0, 1, 1, 2, 2], k) == 1.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_all_k_at_once_are_the_definition(seed: int) -> None:
+    """Several tokens a step, blocks, orders near AR and far from it."""
+    gen, ks = generator(seed), (1, 2, 3, 8, 50)
+    step_map = [step // (1 + seed % 3) for step in random_order(30 + seed, 1 + seed, gen)]
+    order = sorted(range(len(step_map)), key=lambda position: (step_map[position], position))
+    local, whole = ar_ness(step_map, ks)
+    for place, k in enumerate(ks):
+        hits, near, masked = 0, 0, sorted(order)
+        for event, position in enumerate(order):
+            run = order[max(0, event - k) : event]
+            follows = run == list(range(position - len(run), position))
+            hits += follows and (len(run) == k or position == event)
+            near += position in masked[:k]
+            masked.remove(position)
+        assert local[place] == hits / len(order)
+        assert whole[place] == near / len(order)
 
 
 def test_a_random_order_within_blocks_by_hand() -> None:

@@ -372,6 +372,35 @@ def test_the_thread_serves_and_ends(make: Make) -> None:
 # Vitals and the watch by themselves
 
 
+def test_an_answer_costs_no_look_at_everybody(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a thousand workers would cost a thousand looks for each of a thousand answers."""
+    stage, looks = make(size=20), []
+    stage.crew.submit([("generate", (i,)) for i in range(60)])
+    stage.turns()
+    look = Crew._look_after
+    monkeypatch.setattr(Crew, "_look_after", lambda *args: (looks.append(args), look(*args)))
+    for number in range(20):
+        stage.worker(f"rollout-{number}").answer()
+        stage.turns(1)
+        assert len(stage.worker(f"rollout-{number}").calls) == 2  # the next piece, at once
+    assert looks == []
+    stage.turns(1, seconds=LIMITS.heartbeat_s / 20)
+    assert len(looks) == 20
+
+
+def test_idle_is_the_share_of_time_without_work(make: Make) -> None:
+    stage = make()
+    stage.crew.submit([("generate", (0,))])
+    stage.turns(3)
+    stage.turns(4, seconds=1.0)
+    assert stage.crew.status.idle == pytest.approx(0.5)  # one of two works
+    stage.worker("rollout-0").answer()
+    stage.turns(1)
+    stage.turns(4, seconds=1.0)
+    assert stage.crew.status.idle == pytest.approx(0.75)
+    assert (stage.crew.status.waiting, stage.crew.status.under_way) == (0, 0)
+
+
 def test_states_in_time() -> None:
     vitals = Vitals(LIMITS, now=0.0)
     assert [vitals.state(t) for t in (0, 60, 61)] == [State.STALE, State.STALE, State.DEAD]
