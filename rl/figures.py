@@ -9,7 +9,8 @@ from rl.plots import COLOURS, Line, curves, stacked
 from sandbox.records import VERDICTS
 
 Records = Sequence[Mapping[str, Any]]
-PHASES = ("wait_rollouts", "update", "sync", "save", "evaluate")
+PHASES = ("rollouts", "update", "sync", "save", "evaluate")
+ROLES = ("rollout", "reward", "learner")
 
 
 def figures(records: Records) -> list[FigureBlock]:
@@ -23,6 +24,7 @@ def figures(records: Records) -> list[FigureBlock]:
         _kl(records),
         *_order(records),
         _timing(records),
+        _idle(records),
         _sandbox(records),
         _pretraining_loss(records),
         _noise(records),
@@ -141,7 +143,8 @@ def _order(records: Records) -> list[FigureBlock]:
 
 def _timing(records: Records) -> FigureBlock:
     found = {name for record in records for name in record if name.startswith("timing_s/")}
-    names = {name.removeprefix("timing_s/") for name in found} - {"step"}
+    names = {name.removeprefix("timing_s/") for name in found}
+    names -= {"step", "save_written"}  # the whole, and what training does not wait for
     order = [name for name in PHASES if name in names] + sorted(names - set(PHASES))
     parts = {name: series(records, "rl", f"timing_s/{name}") for name in order}
     return FigureBlock(
@@ -151,6 +154,22 @@ def _timing(records: Records) -> FigureBlock:
         "for as long as the learner would idle.",
         stacked(parts, "Seconds per phase and step", wide=True),
         wide=True,
+    )
+
+
+def _idle(records: Records) -> FigureBlock:
+    roles = [role for role in ROLES if any(f"idle/{role}" in record for record in records)]
+    return FigureBlock(
+        "Where the time goes",
+        "Idle share",
+        "Of each role's time, over the last minute or so. What idles least sets the pace: more of "
+        "it helps, more of the others does not. With max_staleness 0 the roles take turns.",
+        curves(
+            [Line(role, series(records, "rl", f"idle/{role}")) for role in roles],
+            "Idle share per role and step",
+            percent=True,
+            floor=0,
+        ),
     )
 
 

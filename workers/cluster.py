@@ -146,11 +146,9 @@ class RayCluster:
         self._watch_catalogues()
         crews = {crew.role: crew.status for crew in self._crews}
         actors = [actor for status in crews.values() for actor in status.actors]
-        idle = {role: round(status.idle, 4) for role, status in crews.items()}
         if self._gang is not None:
             self._gang.listen()
             actors = self._gang.describe(self._version) + actors
-            idle["learner"] = round(self._pace.idle(self._gang.busy_s), 4)
         steps, step = self._config.train.steps, self._step
         eta = None if step is None else self._pace.eta_s(steps - step)
         return {
@@ -160,7 +158,7 @@ class RayCluster:
             "steps": steps,
             "policy_version": self._version,
             "eta_s": None if eta is None else round(eta, 1),
-            "idle": idle,
+            "idle": self._idle(),
             "queues": {
                 role: {"waiting": status.waiting, "under_way": status.under_way}
                 for role, status in crews.items()
@@ -169,6 +167,13 @@ class RayCluster:
             "failures": self._watch.total,
             "actors": actors,
         }
+
+    def _idle(self) -> dict[str, float]:
+        """Share of each role's time without work, over the last minute or so."""
+        idle = {crew.role: round(crew.status.idle, 4) for crew in self._crews}
+        if self._gang is not None:
+            idle["learner"] = round(self._pace.idle(self._gang.busy_s), 4)
+        return idle
 
     def _scale(self, sizes: dict[str, int]) -> str:
         """Grant an operator's wish. Raises UserError if the cluster cannot hold it."""
@@ -247,7 +252,7 @@ class RayCluster:
         metrics: dict[str, float] = self._on_learners("update", ray.put(list(groups)), step)[0]
         self._updated = True
         self._step = step + 1
-        return metrics
+        return metrics | {f"idle/{role}": share for role, share in self._idle().items()}
 
     def sync_weights(self) -> int:
         """See `rl.protocol.Cluster`."""

@@ -76,8 +76,10 @@ def metrics(folder: Path, steps: int = 6) -> None:
                 "completions/length_mean": 30.0,
                 "decode/ar_local@1": 0.5,
                 "timing_s/update": 2.0,
-                "timing_s/wait_rollouts": 1.0,
+                "timing_s/rollouts": 1.0,
                 "timing_s/step": 3.0,
+                "idle/rollout": 0.25,
+                "idle/learner": 0.75,
                 "sandbox/pass": 0.5,
                 "sandbox/fail": 0.5,
             }

@@ -65,7 +65,11 @@ def a_run(cluster: Any, problems: list[Problem], folder: Path) -> dict[str, Any]
         versions.append(cluster.sync_weights())
         groups = cluster.roll_out(problems, seed=step).result(250).groups
         rollouts.append(groups)
-        metrics.append(cluster.update(groups, step))
+        values = cluster.update(groups, step)
+        idle = {name: share for name, share in values.items() if name.startswith("idle/")}
+        assert all(0 <= share <= 1 for share in idle.values())
+        assert idle.keys() in ({f"idle/{r}" for r in ("rollout", "reward", "learner")}, set())
+        metrics.append({name: v for name, v in values.items() if name not in idle})
     versions.append(cluster.sync_weights())
     evaluated = cluster.evaluate(problems, GREEDY, 1, seed=7).result(250)
     cluster.export(folder / "hf")
