@@ -162,7 +162,7 @@ def _idle(records: Records) -> FigureBlock:
     return FigureBlock(
         "Where the time goes",
         "Idle share",
-        "Of each role's time, over the last minute or so. What idles least sets the pace: more of "
+        "Of each role's time in the step. What idles least sets the pace: more of "
         "it helps, more of the others does not. With max_staleness 0 the roles take turns.",
         curves(
             [Line(role, series(records, "rl", f"idle/{role}")) for role in roles],

@@ -7,6 +7,7 @@ the last checkpoint. Weights go through the object store, never through the driv
 
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -22,7 +23,7 @@ from rl.config import TrainConfig
 from rl.protocol import Arrival, Hear, nobody
 from workers.autoscale import Autoscaler
 from workers.catalogue import Catalogues
-from workers.control import CONTROL, ControlDesk, Pace, Reporter
+from workers.control import CONTROL, ControlDesk, Idle, Pace, Reporter
 from workers.crew import Crew
 from workers.flow import Flow
 from workers.gang import Gang
@@ -77,6 +78,8 @@ class RayCluster:
         self._gang: Gang | None = None
         self._reporter: Reporter | None = None
         self._pace = Pace()
+        self._idle = defaultdict[str, Idle](Idle)
+        self._shares: dict[str, float] = {}  # idle ones, of the last step
         self._step: int | None = None
         pool = cluster.rollout
         self._autoscaler = Autoscaler(pool.min, pool.max) if cluster.autoscale else None
@@ -158,7 +161,7 @@ class RayCluster:
             "steps": steps,
             "policy_version": self._version,
             "eta_s": None if eta is None else round(eta, 1),
-            "idle": self._idle(),
+            "idle": {r: round(self._idle[r].recent(*w), 4) for r, w in self._worked().items()},
             "queues": {
                 role: {"waiting": status.waiting, "under_way": status.under_way}
                 for role, status in crews.items()
@@ -168,12 +171,10 @@ class RayCluster:
             "actors": actors,
         }
 
-    def _idle(self) -> dict[str, float]:
-        """Share of each role's time without work, over the last minute or so."""
-        idle = {crew.role: round(crew.status.idle, 4) for crew in self._crews}
-        if self._gang is not None:
-            idle["learner"] = round(self._pace.idle(self._gang.busy_s), 4)
-        return idle
+    def _worked(self) -> dict[str, tuple[float, int]]:
+        """Seconds that each role has worked, added up over its workers, and how many these are."""
+        worked = {crew.role: (crew.worked_s, crew.size) for crew in self._crews}
+        return worked | ({"learner": (self._gang.busy_s, 1)} if self._gang is not None else {})
 
     def _scale(self, sizes: dict[str, int]) -> str:
         """Grant an operator's wish. Raises UserError if the cluster cannot hold it."""
@@ -252,7 +253,8 @@ class RayCluster:
         metrics: dict[str, float] = self._on_learners("update", ray.put(list(groups)), step)[0]
         self._updated = True
         self._step = step + 1
-        return metrics | {f"idle/{role}": share for role, share in self._idle().items()}
+        self._shares = {role: self._idle[role].step(*w) for role, w in self._worked().items()}
+        return metrics | {f"idle/{role}": share for role, share in self._shares.items()}
 
     def sync_weights(self) -> int:
         """See `rl.protocol.Cluster`."""
@@ -262,18 +264,18 @@ class RayCluster:
             self._rollouts.tell("receive", version)
         self._version = self._on_learners("publish", version)[0]
         self._rollouts.hold(False)
-        if self._updated and self._gang is not None:
-            self._finished_step(self._gang)
+        if self._updated:
+            self._finished_step()
         return self._version
 
-    def _finished_step(self, gang: Gang) -> None:
+    def _finished_step(self) -> None:
         self._updated = False
         self._watch.progress()
-        learner_idle = self._pace.step(gang.busy_s)
+        self._pace.step()
         if self._autoscaler is None:
             return
-        size, rollout_idle = self._rollouts.size, self._rollouts.status.idle
-        decision = self._autoscaler.after_step(size, learner_idle, rollout_idle)
+        size, idle = self._rollouts.size, self._shares
+        decision = self._autoscaler.after_step(size, idle["learner"], idle["rollout"])
         if decision is not None:
             self._rollouts.resize(decision.after)
             self._say(f"rollout workers {decision.before} -> {decision.after}: {decision.reason}")

@@ -130,20 +130,15 @@ class Reporter:
 
 
 class Pace:
-    """How fast the run goes and how idle its learner is, over the last posts and steps."""
+    """How fast the run goes, over the last steps."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._steps: deque[float] = deque([clock()], maxlen=11)
-        self._step = (clock(), 0.0)
-        self._busy: deque[tuple[float, float]] = deque([(clock(), 0.0)], maxlen=SPAN)
 
-    def step(self, busy_s: float) -> float:
-        """A step is finished; the share of its time in which the learner was idle."""
-        now, (before, was_busy) = self._clock(), self._step
-        self._steps.append(now)
-        self._step = (now, busy_s)
-        return 1.0 - min(1.0, (busy_s - was_busy) / max(now - before, 1e-9))
+    def step(self) -> None:
+        """A step is finished."""
+        self._steps.append(self._clock())
 
     def eta_s(self, left: int) -> float | None:
         """Seconds until `left` more steps are done; None before the first."""
@@ -151,9 +146,29 @@ class Pace:
             return None
         return left * (self._steps[-1] - self._steps[0]) / (len(self._steps) - 1)
 
-    def idle(self, busy_s: float) -> float:
-        """Share of the recent time in which somebody busy for `busy_s` since the start was idle."""
-        now = self._clock()
-        then, before = self._busy[0]
-        self._busy.append((now, busy_s))
-        return 1.0 - min(1.0, (busy_s - before) / (now - then)) if now > then else 1.0
+
+class Idle:
+    """The share of a role's time without work, from how long it has worked since the start.
+
+    worked_s: seconds, added up over its workers. size: of these.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._step = (clock(), 0.0)
+        self._seen: deque[tuple[float, float]] = deque([self._step], maxlen=SPAN)
+
+    def step(self, worked_s: float, size: int = 1) -> float:
+        """Since the last step."""
+        before, self._step = self._step, (self._clock(), worked_s)
+        return _idle_share(before, self._step, size)
+
+    def recent(self, worked_s: float, size: int = 1) -> float:
+        """Over the last calls of this."""
+        self._seen.append((self._clock(), worked_s))
+        return _idle_share(self._seen[0], self._seen[-1], size)
+
+
+def _idle_share(before: tuple[float, float], now: tuple[float, float], size: int) -> float:
+    span = (now[0] - before[0]) * size
+    return 1.0 - min(1.0, max(0.0, now[1] - before[1]) / span) if span > 0 else 1.0

@@ -62,7 +62,7 @@ class Crew:
         self._closed = False
         self._held = False
         self._last_turn = clock()
-        self._counted_from = clock()
+        self._worked_s = 0.0
         self._look_at = clock()
         self._resize(size)
         self._thread: Future[None] | None = None
@@ -103,6 +103,13 @@ class Crew:
         return sum(not slot.vitals.leaving for slot in list(self._slots.values()))
 
     @property
+    def worked_s(self) -> float:
+        """Seconds that all members together have had work, since the start."""
+        now = self._clock()
+        begun = [slot.piece_since for slot in list(self._slots.values())]
+        return self._worked_s + sum(now - since for since in begun if since is not None)
+
+    @property
     def pids(self) -> dict[str, int]:
         """Of the workers that have said so."""
         return {s.name: s.facts.pid for s in list(self._slots.values()) if s.facts}
@@ -115,7 +122,6 @@ class Crew:
             actors=[slot.describe(self.role, now) for slot in slots],
             waiting=self._pool.waiting,
             under_way=self._pool.under_way,
-            idle=self._idle(slots, now),
             reissued=self._pool.reissued,
         )
 
@@ -167,7 +173,6 @@ class Crew:
             for slot in list(self._slots.values()):
                 self._look_after(slot, now)
             self._check_jobs(now)
-            self._forget(now)
         self._hand_out(now)
 
     def _look_soon(self) -> None:
@@ -276,7 +281,7 @@ class Crew:
         if error is None:
             counted = self._pool.finish(key, number, done.result())
             if slot.key == key and slot.piece_since is not None:
-                slot.busy_s += self._clock() - slot.piece_since
+                self._worked_s += self._clock() - slot.piece_since
                 slot.piece_since = None
                 slot.completed += counted
                 slot.failures = 0
@@ -357,20 +362,6 @@ class Crew:
     def _fail_jobs(self, error: Exception) -> None:
         for job in self._pool.jobs():
             self._pool.fail(job, error)
-
-    def _idle(self, slots: Sequence[Slot], now: float) -> float:
-        """Share of the members' time without work, over the last minute or so."""
-        span = now - self._counted_from
-        busy = sum(s.busy_s + (now - since if (since := s.piece_since) else 0.0) for s in slots)
-        return 1.0 - min(1.0, busy / (span * len(slots))) if span > 0 and slots else 1.0
-
-    def _forget(self, now: float) -> None:
-        """Half of the time that idleness is measured over, after a minute."""
-        span = now - self._counted_from
-        if span > 60:
-            self._counted_from += span / 2
-            for slot in self._slots.values():
-                slot.busy_s /= 2
 
 
 def _kill_after(closing: Future[Any], worker: Worker, timeout_s: float) -> None:

@@ -31,7 +31,6 @@ class Slot:
     asked_at: float | None = None  # of the beat under way
     beaten_at: float = 0.0
     piece_since: float | None = None
-    busy_s: float = 0.0
     completed: int = 0
     failures: int = 0
     gone: bool = False  # waits for `restart_at`
@@ -57,12 +56,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class CrewStatus:
-    """What others may know. idle: share of the members' time, over a minute or so."""
+    """What others may know."""
 
     actors: list[dict[str, Any]] = field(default_factory=list)
     waiting: int = 0
     under_way: int = 0
-    idle: float = 0.0
     reissued: int = 0
 
 

@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.records import Problem
 from rl.config import TrainConfig
 from workers.cluster import RayCluster
-from workers.control import ControlDesk, Pace, Reporter
+from workers.control import ControlDesk, Idle, Pace, Reporter
 from workers.health import Beat, WorkerFailed
 from workers.operator import RunControl, find_place
 
@@ -110,12 +110,25 @@ def test_pace() -> None:
     now = [0.0]
     pace = Pace(lambda: now[0])
     assert pace.eta_s(10) is None
-    assert pace.idle(0.0) == 1.0
     for step in range(1, 4):
         now[0] = 2.0 * step
-        assert pace.step(0.5 * step) == pytest.approx(0.75)
+        pace.step()
     assert pace.eta_s(10) == 20.0
-    assert pace.idle(1.5) == pytest.approx(0.75)
+
+
+def test_idle_shares() -> None:
+    now = [0.0]
+    idle = Idle(lambda: now[0])
+    assert idle.recent(0.0) == idle.step(0.0) == 1.0
+    now[0] = 2.0
+    assert idle.step(0.5) == 0.75
+    assert idle.step(0.5) == 1.0  # no time has passed
+    now[0] = 4.0
+    assert idle.step(2.5, size=2) == 0.5  # of these two seconds
+    assert idle.recent(2.5, size=1) == 0.375  # of all four
+    now[0] = 5.0
+    assert idle.step(9.0) == 0.0  # never below
+    assert idle.step(8.0) == 1.0  # nor above
 
 
 @pytest.mark.parametrize(

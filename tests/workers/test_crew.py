@@ -388,17 +388,17 @@ def test_an_answer_costs_no_look_at_everybody(make: Make, monkeypatch: pytest.Mo
     assert len(looks) == 20
 
 
-def test_idle_is_the_share_of_time_without_work(make: Make) -> None:
+def test_seconds_of_work_are_added_up(make: Make) -> None:
     stage = make()
-    stage.crew.submit([("generate", (0,))])
+    stage.crew.submit([("generate", (0,)), ("generate", (1,))])
     stage.turns(3)
     stage.turns(4, seconds=1.0)
-    assert stage.crew.status.idle == pytest.approx(0.5)  # one of two works
+    assert stage.crew.worked_s == pytest.approx(8.0)  # under way: both
     stage.worker("rollout-0").answer()
     stage.turns(1)
     stage.turns(4, seconds=1.0)
-    assert stage.crew.status.idle == pytest.approx(0.75)
-    assert (stage.crew.status.waiting, stage.crew.status.under_way) == (0, 0)
+    assert stage.crew.worked_s == pytest.approx(12.0)
+    assert (stage.crew.status.waiting, stage.crew.status.under_way) == (0, 1)
 
 
 def test_states_in_time() -> None:
