@@ -23,10 +23,16 @@ class Decision:
 
 
 class Autoscaler:
-    """Between `least` and `most` workers."""
+    """Between `least` and `most` workers.
 
-    def __init__(self, least: int, most: int) -> None:
+    Args:
+        take_turns: rollout workers have nothing to do while the learner works (max_staleness 0):
+            whether they are busy is asked of the rest of the time.
+    """
+
+    def __init__(self, least: int, most: int, take_turns: bool = False) -> None:
         self._least, self._most = least, most
+        self._take_turns = take_turns
         self._seen: deque[tuple[float, float]] = deque(maxlen=PATIENCE)
 
     def after_step(self, size: int, learner_idle: float, rollout_idle: float) -> Decision | None:
@@ -41,7 +47,8 @@ class Autoscaler:
             f"rollout workers {min(rollouts):.0%} to {max(rollouts):.0%}"
         )
         change = 0
-        if min(learner) > LEARNER_WAITS and max(rollouts) < ROLLOUTS_BUSY:
+        waits = [self._waits(*pair) for pair in self._seen]
+        if min(learner) > LEARNER_WAITS and max(waits) < ROLLOUTS_BUSY:
             change = 1
         elif max(learner) < LEARNER_BUSY and min(rollouts) > ROLLOUTS_WAIT:
             change = -1
@@ -50,3 +57,8 @@ class Autoscaler:
             return None
         self._seen.clear()  # what was measured is of another size
         return Decision(size, after, shares)
+
+    def _waits(self, learner_idle: float, rollout_idle: float) -> float:
+        """Share of the time that is theirs in which rollout workers were idle."""
+        theirs = learner_idle if self._take_turns else 1.0
+        return 1.0 - min(1.0, (1.0 - rollout_idle) / max(theirs, 1e-9))

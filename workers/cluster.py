@@ -7,7 +7,6 @@ the last checkpoint. Weights go through the object store, never through the driv
 
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -78,11 +77,13 @@ class RayCluster:
         self._gang: Gang | None = None
         self._reporter: Reporter | None = None
         self._pace = Pace()
-        self._idle = defaultdict[str, Idle](Idle)
+        self._idle: dict[str, Idle] = {}
         self._shares: dict[str, float] = {}  # idle ones, of the last step
         self._step: int | None = None
         pool = cluster.rollout
-        self._autoscaler = Autoscaler(pool.min, pool.max) if cluster.autoscale else None
+        take_turns = config.algorithm.max_staleness == 0
+        autoscaler = Autoscaler(pool.min, pool.max, take_turns)
+        self._autoscaler = autoscaler if cluster.autoscale else None
         self._crews: list[Crew] = []
         self._owns_ray = False
         self._launcher: Launcher | None = None
@@ -120,6 +121,7 @@ class RayCluster:
         for crew, future in zip(self._crews, ready, strict=True):
             limit = f"four times cluster.timeout_s={self._timeout_s:g}"
             result_of(future, f"starting {crew.role} workers", 4 * self._timeout_s, limit)
+        self._idle = {role: Idle() for role in self._worked()}  # a start is no idling
         self._open_reporter(start)
 
     def _watch_catalogues(self) -> None:

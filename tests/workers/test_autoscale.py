@@ -31,3 +31,16 @@ def test_never_beyond_its_bounds_nor_on_one_odd_step() -> None:
     assert decisions(Autoscaler(1, 4), 2, *[(0.9, 0.0), (0.9, 0.0), (0.1, 0.0)] * 3) == [None] * 9
     # An operator has gone beyond: that is not taken back.
     assert decisions(Autoscaler(1, 2), 6, *[(0.9, 0.0)] * 9) == [None] * 9
+
+
+def test_who_takes_turns_is_asked_about_its_own_turn() -> None:
+    """Synchronous: rollouts take 60 % of a step, the update 40 %."""
+    working, waiting = (
+        [(0.6, 0.45)] * 3,
+        [(0.6, 0.75)] * 3,
+    )  # 55 of these 60 %; 25: rewards are slow
+    assert decisions(Autoscaler(1, 4), 2, *working) == [None] * 3
+    found = decisions(Autoscaler(1, 4, take_turns=True), 2, *working)[-1]
+    assert found is not None
+    assert (found.before, found.after) == (2, 3)
+    assert decisions(Autoscaler(1, 4, take_turns=True), 2, *waiting) == [None] * 3
