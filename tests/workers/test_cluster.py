@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.config import dump_config
 from common.errors import InfrastructureError, LearnerLost, UserError
 from common.records import Completion, Group, Problem, Rollout, Scored
 from models.decoding import DecodingConfig
@@ -334,17 +335,21 @@ def gone_processes(pids: list[int]) -> None:
     assert not alive
 
 
+DEADLY = """
+import os
+
+def deadly(prompts, completions, **columns):
+    print("about to die of a bug", flush=True)
+    os._exit(3)
+"""
+
+
 @pytest.mark.ray
 def test_a_worker_that_always_dies_ends_the_run_with_its_own_words(
     ray_config: MakeConfig, open_cluster: Callable[..., RayCluster], tmp_path: Path
 ) -> None:
     reward = tmp_path / "deadly.py"
-    reward.write_text(
-        "import os\n"
-        "def deadly(prompts, completions, **columns):\n"
-        "    print('about to die of a bug', flush=True)\n"
-        "    os._exit(3)\n"
-    )
+    reward.write_text(DEADLY)
     section = {"functions": [{"path": f"{reward}:deadly", "weight": 1.0}]}
     cluster = open_cluster(ray_config(reward=section, **FAST), with_learner=False)
     with pytest.raises(InfrastructureError) as caught:
@@ -352,6 +357,32 @@ def test_a_worker_that_always_dies_ends_the_run_with_its_own_words(
     lines = str(caught.value).splitlines()
     assert "failed 2 times without a finished step between" in lines[0]
     assert "about to die of a bug" in lines
+    assert lines[-2].startswith("reward-0 (pid ")
+    assert lines[-1] == f"log file: {tmp_path / 'logs' / 'reward-0.log'}"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_command_ends_with_the_root_cause_and_exit_code_3(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    reward = tmp_path / "deadly.py"
+    reward.write_text(DEADLY)
+    section = {"functions": [{"path": f"{reward}:deadly", "weight": 1.0}]}
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(make_config(reward=section, cluster={"kind": "ray", **FAST})))
+    found = subprocess.run(
+        [sys.executable, "-m", "rl.cli", "train", "--config", str(file)],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert found.returncode == 3, found.stderr
+    lines = found.stderr.strip().splitlines()
+    assert any(line.startswith("unmask: ") and "failed 2 times" in line for line in lines)
+    assert lines[-3] == "about to die of a bug"
     assert lines[-2].startswith("reward-0 (pid ")
     assert lines[-1] == f"log file: {tmp_path / 'logs' / 'reward-0.log'}"
 
