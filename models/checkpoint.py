@@ -120,6 +120,12 @@ def check_checkpoint(folder: Path) -> None:
             f"{folder}: no config.json there; model.path must be a checkpoint folder, "
             "for example runs/demo/stages/sft"
         )
+    # With peft installed transformers would load another model that this file names.
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder}: has an adapter_config.json; merge the adapters into the weights first "
+            "(peft: merge_and_unload) and remove it"
+        )
 
 
 def save_checkpoint(

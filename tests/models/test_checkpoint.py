@@ -142,6 +142,10 @@ BREAK = {
         "weights lack",
     ),
     "contradiction": (lambda f: edit_json(f / "config.json", num_hidden_layers=2), "cannot load"),
+    "adapters": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        r"has an adapter_config\.json; merge",
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer there"),
     "other mask": (
         lambda f: edit_json(f / "diffusion.json", mask_token_id=3),
