@@ -6,6 +6,7 @@ Not training state (`models.engine` saves that). A saved folder loads in stock t
 `AutoModelForCausalLM`, no remote code.
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -120,6 +121,12 @@ def check_checkpoint(folder: Path) -> None:
             f"{folder}: no config.json there; model.path must be a checkpoint folder, "
             "for example runs/demo/stages/sft"
         )
+    # With peft installed transformers would load another model that this file names.
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder}: has an adapter_config.json; merge the adapters into the weights first "
+            "(peft: merge_and_unload) and remove it"
+        )
 
 
 def save_checkpoint(
@@ -131,6 +138,8 @@ def save_checkpoint(
 ) -> None:
     """Write a folder that stock transformers loads; `state` (HF names) replaces the own weights."""
     folder.mkdir(parents=True, exist_ok=True)
+    # With accelerate (peft brings it) transformers imports DeepSpeed here: see deepspeed_engine.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     model.save_pretrained(  # type: ignore[operator]
         folder,
         state_dict=None if state is None else dict(state),

@@ -28,21 +28,19 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters  # no
 
 from common.errors import UserError  # noqa: E402
 from diffusion.layout import TokenRows  # noqa: E402
+from models.buckets import export_name, export_tensor, split_buckets  # noqa: E402
 from models.data_only import data_only  # noqa: E402
 from models.engine import (  # noqa: E402
     BUCKET_BYTES,
-    META_FILE,
     EngineConfig,
     OptimConfig,
     StepInfo,
-    export_name,
-    export_tensor,
     make_optimizer,
     prepare_module,
-    read_meta,
     set_learning_rate,
-    split_buckets,
 )
+from models.engine_meta import META_FILE, read_meta  # noqa: E402
+from models.lora import Adapters, stock_parameters  # noqa: E402
 from models.reshard import TAG, is_replicated, resharded  # noqa: E402
 from models.state_files import StateFiles  # noqa: E402
 
@@ -68,6 +66,9 @@ class DeepSpeedEngine:
         self._stage = engine_config.zero_stage
         self._precision = engine_config.precision
         self._schedule_step = 0
+        self._adapters = Adapters(denoiser, engine_config.lora)
+        self.adapted = bool(self._adapters)
+        self._lora = engine_config.adapters
         module = prepare_module(denoiser, engine_config).to(self.device)
         # DeepSpeed casts buffers too, and rotary frequencies in bfloat16 lose the position.
         buffers = {name: value.clone() for name, value in module.named_buffers()}
@@ -86,6 +87,11 @@ class DeepSpeedEngine:
         """See `models.engine.Engine`."""
         scores: Tensor = self._engine(rows.to(self.device))
         return scores
+
+    def score_base(self, rows: TokenRows) -> Tensor:
+        """See `models.engine.Engine`."""
+        with torch.no_grad(), self._adapters.off():
+            return self.score(rows)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `models.engine.Engine`."""
@@ -133,12 +139,17 @@ class DeepSpeedEngine:
 
     def state_buckets(self, max_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
         """See `models.engine.Engine`. Gathers one bucket at a time, so no rank holds two models."""
-        for bucket in split_buckets(self._engine.module.named_parameters(), max_bytes):
+        adapters = self._adapters
+        for bucket in split_buckets(stock_parameters(self._engine.module), max_bytes):
             exported: dict[str, Tensor] = {}
+            wanted = [part for name, value in bucket for part in (value, *adapters.factors(name))]
             # Closed before the yield: a reader that stops must not leave parameters gathered.
-            with GatheredParameters([value for _, value in bucket], enabled=self._stage == 3):
+            with GatheredParameters(wanted, enabled=self._stage == 3):
                 if self.rank == 0:
-                    exported = {export_name(name): export_tensor(value) for name, value in bucket}
+                    exported = {
+                        export_name(name): export_tensor(adapters.merged(name, value))
+                        for name, value in bucket
+                    }
             yield exported
 
     def snapshot(self, folder: Path, files: StateFiles) -> None:
@@ -196,6 +207,7 @@ class DeepSpeedEngine:
             "kind": "deepspeed",
             "zero_stage": self._stage,
             "precision": self._precision,
+            "lora": self._lora,
             "ranks": self.world_size,
             "schedule_step": self._schedule_step,
         }
@@ -273,7 +285,7 @@ def _quieten() -> None:
 def _deepspeed_config(
     module: nn.Module, engine_config: EngineConfig, optim_config: OptimConfig
 ) -> dict[str, Any]:
-    elements = sum(value.numel() for value in module.parameters())
+    elements = sum(value.numel() for value in module.parameters() if value.requires_grad)
     # DeepSpeed's default buckets of 5e8 elements would cost a small model gigabytes.
     bucket = max(1, min(elements, 200_000_000))
     config: dict[str, Any] = {

@@ -10,9 +10,8 @@ Conventions both keep:
 - a step whose gradient norm is not finite is skipped: no parameter, moment or schedule moves.
 """
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
@@ -23,13 +22,14 @@ from torch import Tensor, nn
 from common.errors import UserError
 from diffusion.layout import TokenRows
 from models.attention import AttentionChoice
+from models.buckets import export_name, export_tensor, split_buckets
+from models.engine_meta import META_FILE, read_meta
+from models.lora import Adapters, LoraConfig, stock_parameters
 from models.state_files import StateFiles
 
 T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20
-META_FILE, TORCH_FILE = "engine.json", "torch_engine.pt"
-# What must be equal to go on; the number of ranks need not.
-IDENTITY = ("kind", "zero_stage", "precision")
+TORCH_FILE = "torch_engine.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,7 @@ class EngineConfig:
     attention: the kernel of the learner's passes; `auto` chooses (`models.attention`).
     offload_optimizer: moments, masters and their step on the host (ZeRO-3 only).
     offload_reference: the reference policy on the host, on the device only while it scores.
+    lora: train adapters only; None trains all weights. The reference is the model without them.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
@@ -90,6 +91,7 @@ class EngineConfig:
     attention: AttentionChoice = "auto"
     offload_optimizer: bool = False
     offload_reference: bool = False
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         # Below stage 3 in bf16 DeepSpeed keeps a gradient that was not finite: it skips for ever.
@@ -99,11 +101,18 @@ class EngineConfig:
             raise ValueError("zero_stage must be 0, 1, 2 or 3")
         if self.kind == "torch" and self.zero_stage:
             raise ValueError("kind torch has no zero_stage; set it to 0 or use kind deepspeed")
+        if self.lora is not None and self.offload_reference:
+            raise ValueError("offload_reference: with lora there is no second model to offload")
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the numbers in the forward pass: rollout workers and the reference use the same."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def adapters(self) -> dict[str, Any] | None:
+        """Of `engine.json`: which adapters were saved, if any."""
+        return None if self.lora is None else self.lora.identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +125,22 @@ class StepInfo:
 
 
 class Engine(Protocol):
-    """What the algorithms ask of an engine. Every rank calls every method, in the same order."""
+    """What the algorithms ask of an engine. Every rank calls every method, in the same order.
+
+    adapted: whether adapters are trained, so that `score_base` can tell what was without them.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    adapted: bool
 
     def score(self, rows: TokenRows) -> Tensor:
         """Differentiable log-probabilities float32 [N] (a `TokenScorer`)."""
+        ...
+
+    def score_base(self, rows: TokenRows) -> Tensor:
+        """`score` of the model that training started from, without gradients. Needs `adapted`."""
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -149,8 +166,9 @@ class Engine(Protocol):
         """The whole parameters as CPU tensors under HF names, in buckets of about `max_bytes`.
 
         dtype: float32 under `fp32`; under `bf16` the bfloat16 numbers the forward pass uses (the
-        float32 masters are only in `save`). Tied weights appear once. Ranks other than 0 get
-        empty dicts. Exhaust the iterator: every rank takes part in every bucket.
+        float32 masters are only in `save`). Adapters are merged into them. Tied weights appear
+        once. Ranks other than 0 get empty dicts. Exhaust the iterator: every rank takes part in
+        every bucket.
         """
         ...
 
@@ -204,7 +222,7 @@ def make_engine(
     With `world_size` > 1 the launcher has set MASTER_ADDR and MASTER_PORT in the environment.
 
     Raises:
-        UserError: kind `torch` with more than one rank; DeepSpeed not installed.
+        UserError: kind `torch` with more than one rank; DeepSpeed or peft not installed.
     """
     if engine_config.kind == "torch":
         if world_size != 1:
@@ -238,6 +256,9 @@ class TorchEngine:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._bf16 = engine_config.precision == "bf16"
         self._config = optim_config
+        self._adapters = Adapters(denoiser, engine_config.lora)
+        self.adapted = bool(self._adapters)
+        self._lora = engine_config.adapters
         self._module = prepare_module(denoiser, engine_config).to(self.device)
         self._optimizer = make_optimizer(self._module, optim_config)
         self._schedule_step = 0
@@ -247,6 +268,11 @@ class TorchEngine:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             scores: Tensor = self._module(rows.to(self.device))
         return scores
+
+    def score_base(self, rows: TokenRows) -> Tensor:
+        """See `Engine`."""
+        with torch.no_grad(), self._adapters.off():
+            return self.score(rows)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `Engine`; one process needs no boundary, so `last` changes nothing."""
@@ -275,8 +301,11 @@ class TorchEngine:
     def state_buckets(self, max_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
         """See `Engine`."""
         dtype = torch.bfloat16 if self._bf16 else None
-        for bucket in split_buckets(self._module.named_parameters(), max_bytes):
-            yield {export_name(name): export_tensor(value, dtype) for name, value in bucket}
+        for bucket in split_buckets(stock_parameters(self._module), max_bytes):
+            yield {
+                export_name(name): export_tensor(self._adapters.merged(name, value, dtype), dtype)
+                for name, value in bucket
+            }
 
     def snapshot(self, folder: Path, files: StateFiles) -> None:
         """See `Engine`."""
@@ -287,7 +316,12 @@ class TorchEngine:
     @property
     def _meta(self) -> dict[str, Any]:
         precision = "bf16" if self._bf16 else "fp32"
-        return {"kind": "torch", "precision": precision, "schedule_step": self._schedule_step}
+        return {
+            "kind": "torch",
+            "precision": precision,
+            "lora": self._lora,
+            "schedule_step": self._schedule_step,
+        }
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""
@@ -337,60 +371,8 @@ def set_learning_rate(optimizer: Any, config: OptimConfig, schedule_step: int) -
     return lr
 
 
-def split_buckets(
-    parameters: Iterable[tuple[str, nn.Parameter]], max_bytes: int
-) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Cut the parameters, in their order, into lists of at most `max_bytes` (one may exceed it)."""
-    bucket: list[tuple[str, nn.Parameter]] = []
-    size = 0
-    for name, value in parameters:
-        # A ZeRO-3 parameter is empty between uses; DeepSpeed keeps its real size here.
-        elements = value.ds_numel if hasattr(value, "ds_numel") else value.numel()
-        bytes_here = elements * value.element_size()
-        if bucket and size + bytes_here > max_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, value))
-        size += bytes_here
-    if bucket:
-        yield bucket
-
-
-def export_name(name: str) -> str:
-    """The HF name of a denoiser's parameter: without the wrapper's `model.` prefix."""
-    return name.removeprefix("model.")
-
-
-def export_tensor(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy on the CPU that no later step can change."""
-    return value.detach().to(device="cpu", dtype=dtype or value.dtype, copy=True)
-
-
 def save_engine(engine: Engine, folder: Path) -> None:
     """Take a snapshot and write it at once: for callers that have nothing else to do."""
     files = StateFiles()
     engine.snapshot(folder, files)
     files.write()
-
-
-def read_meta(folder: Path, ours: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`engine.json` of an engine's folder; with `ours`, if that engine was like it.
-
-    Raises:
-        UserError: nothing there, or another kind, ZeRO stage or precision.
-    """
-    path = folder / META_FILE
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; this folder holds no engine checkpoint") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: damaged ({error}); resume from an earlier checkpoint") from error
-    ours = found if ours is None else ours
-    for key in IDENTITY:
-        if found.get(key) != ours.get(key):
-            raise UserError(
-                f"{path}: was saved with {key}={found.get(key)}, this run has {key}="
-                f"{ours.get(key)}; set it back, or start from the exported HF folder"
-            )
-    return found

@@ -18,8 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import UserError
+from models.buckets import export_name
 from models.data_only import data_only
-from models.engine import TORCH_FILE, EngineConfig, export_name, read_meta
+from models.engine import TORCH_FILE, EngineConfig
+from models.engine_meta import read_meta
+from models.lora import LoraConfig, merged_state
 
 TAG = "engine"
 SHARDS = "*_optim_states.pt"
@@ -45,9 +48,10 @@ def check_engine(folder: Path, config: EngineConfig, ranks: int) -> str | None:
     """Whether a run of this engine can go on from `folder`: a remark, if that takes a conversion.
 
     Raises:
-        UserError: another kind, ZeRO stage or precision.
+        UserError: another kind, ZeRO stage, precision or other adapters.
     """
     ours: dict[str, Any] = {"kind": config.kind, "precision": config.precision}
+    ours["lora"] = config.adapters
     if config.kind == "deepspeed":
         ours["zero_stage"] = config.zero_stage
     saved = read_meta(folder, ours).get("ranks", 1)
@@ -112,8 +116,8 @@ def _convert(folder: Path, whole: Path) -> str | None:
 def whole_weights(folder: Path) -> dict[str, Tensor]:
     """All parameters of a checkpoint by the module's names.
 
-    Below ZeRO-3 as the forward pass uses them; ZeRO-3, which divides them, gives the optimizer's
-    float32 masters.
+    Below ZeRO-3 as the forward pass uses them; ZeRO-3, which divides them, gives float32 (bf16:
+    the optimizer's masters of those that are trained).
     """
     with _silence(), data_only():
         if (folder / REPLICA).is_file():
@@ -146,7 +150,10 @@ def read_policy(folder: Path) -> dict[str, Tensor]:
     first: dict[Any, str] = {}
     for name, place in tied.items():
         first.setdefault(place, name)
-    return {export_name(name): found[name].to(dtype) for name in first.values()}
+    state = {name: found[name].to(dtype) for name in first.values()}
+    if meta.get("lora") is not None:
+        state = merged_state(state, LoraConfig(**meta["lora"]))
+    return {export_name(name): value for name, value in state.items()}
 
 
 @contextlib.contextmanager

@@ -51,6 +51,8 @@ class PretrainConfig(Section):
     def _fits(self) -> "PretrainConfig":
         if self.start is None and "model_type" not in self.architecture:
             raise ValueError("architecture.model_type is missing (or give `start`, a checkpoint)")
+        if self.start is None and self.engine.lora is not None:
+            raise ValueError("engine.lora: adapters need a trained model: give `start`")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("stages must have different names")

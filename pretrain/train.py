@@ -29,6 +29,7 @@ from models.attention import check_attention, choose_attention
 from models.checkpoint import load_checkpoint, new_model, save_checkpoint
 from models.denoiser import Denoiser
 from models.engine import Engine, make_engine
+from models.lora import check_lora
 from models.tokenizer import train_tokenizer
 from pretrain.config import PretrainConfig
 from pretrain.data import Example, RowStream, encode_examples
@@ -79,7 +80,7 @@ class Pretraining:
         if config.threads:
             torch.set_num_threads(config.threads)
         _check_ranks(config, self._world)
-        _check_attention(config)
+        _check_engine(config)
         seed, data_seed = config.run.seed, config.run.data_seed
         examples = {s.name: load_examples(s.data, s.count, data_seed) for s in config.stages}
         self._tokenizer, self._start = _tokenizer_and_start(config, examples)
@@ -175,8 +176,9 @@ def _check_ranks(config: PretrainConfig, world: int) -> None:
             )
 
 
-def _check_attention(config: PretrainConfig) -> None:
+def _check_engine(config: PretrainConfig) -> None:
     engine = config.engine
+    check_lora(engine.lora)
     for stage in config.stages:
         visible = stage.spec(mask_token_id=0).attention  # whatever the mask token will be
         try:

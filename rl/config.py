@@ -224,6 +224,11 @@ def _impossible(config: TrainConfig) -> list[tuple[bool, str]]:
             "reference to refresh while algorithm.beta=0; set it to 0",
         ),
         (
+            algorithm.reference_refresh_steps > 0 and config.engine.lora is not None,
+            f"algorithm.reference_refresh_steps={algorithm.reference_refresh_steps}: with "
+            "engine.lora the reference is the model without adapters, for ever; set it to 0",
+        ),
+        (
             cluster.kind == "local" and cluster.learner.ranks > 1,
             f"cluster.learner.ranks={cluster.learner.ranks} needs processes of its own; set "
             "cluster.kind=ray",

@@ -30,6 +30,7 @@ EXTRAS = {
     "wandb": "metrics.wandb",
     "tensorboard": "metrics.tensorboard",
     "vllm": "the vLLM engine",
+    "peft": "engine.lora",
     "flash-attn": "fused attention on a GPU",
     "docker": "the Docker sandbox",
 }

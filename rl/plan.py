@@ -155,7 +155,8 @@ def activation_bytes(
 ) -> int:
     """The highest that a forward and a backward pass of `rows` of `length` tokens need.
 
-    Checkpointing keeps one state per layer, and one layer while it is computed again.
+    Checkpointing keeps one state per layer, and one layer while it is computed again. Adapters add
+    next to nothing (their rank per token) and are not counted.
     """
     size, tokens = number_bytes(config.precision), rows * length
     layer = layer_bytes(shape, size, rows, length, dense)
@@ -168,60 +169,74 @@ def activation_bytes(
     return kept + working + ends + (rows * length * length if dense else 0)
 
 
-def head_bytes(shape: Shape, size: int, scored: int, gpu: bool) -> int:
-    """The last layer of the learner: slices of logits, and one gradient of its weight."""
+def head_bytes(shape: Shape, size: int, scored: int, gpu: bool, frozen: bool = False) -> int:
+    """The last layer of the learner: slices of logits, and unless frozen its weight's gradient."""
     numbers = max(LOGIT_BUDGET if gpu else CPU_BUDGET, scored * MIN_SLICE)
     numbers = min(numbers, scored * shape.vocabulary)
-    return HEAD_COPIES * 4 * numbers + shape.vocabulary * shape.width * size
+    return HEAD_COPIES * 4 * numbers + (0 if frozen else shape.vocabulary * shape.width * size)
 
 
 def learner(config: TrainConfig, shape: Shape, gpu: bool) -> Role:
     """One rank."""
     engine, ranks = config.engine, config.cluster.learner.ranks
-    size, count = number_bytes(engine.precision), shape.parameters
-    plain = engine.kind == "torch"
-    state = PLAIN if plain else STATE[engine.precision, engine.zero_stage]
-
-    def share(whole: int, divided: int) -> int:
-        return count * whole + count * divided // ranks
-
+    size, plain = number_bytes(engine.precision), engine.kind == "torch"
+    parameters, adapters = shape.parameters, shape.adapters(engine.lora)
+    count, trained = parameters + adapters, adapters or parameters
     sample = longest_sample(config, shape)
     fits = max(1, config.algorithm.tokens_per_micro_batch // sample.tokens)
     dense = engine.attention == "sdpa" or not gpu
     length = sample.length if dense else -(-sample.length // TILE) * TILE
-    together = [
-        Part("parameters", share(*state.parameters)),
-        Part("gradients", share(*state.gradients)),
-        Part("optimizer", share(*state.optimizer), _place(engine.offload_optimizer)),
-    ]
-    if config.algorithm.beta > 0:
+    together, stepping = state_bytes(engine, count, trained, ranks)
+    if config.algorithm.beta > 0 and engine.lora is None:
         together.append(Part("reference", count * size, _place(engine.offload_reference)))
-    buckets = 0 if plain else _bucket_bytes(engine, count, ranks)
+    buckets = 0 if plain else _bucket_bytes(engine, count, trained, ranks)
     if buckets:
         together.append(Part("buckets", buckets))
-    logits = head_bytes(shape, size, fits * sample.scored, gpu)
+    logits = head_bytes(shape, size, fits * sample.scored, gpu, frozen=engine.lora is not None)
     activations = activation_bytes(shape, engine, fits * sample.rows, length, dense)
     cast = 2 * shape.layers * shape.layer_weights if plain and engine.precision == "bf16" else 0
     phases: tuple[Part, ...] = (
         Part("activations and logits", activations + logits + cast),
-        Part("optimizer step", share(*state.step), _place(engine.offload_optimizer)),
+        stepping,
     )
     if config.algorithm.beta > 0 and engine.offload_reference and gpu:
         # It scores before the first pass with gradients: not beside one.
         phases += (Part("reference visiting", count * size + logits),)
+    if engine.lora is not None:  # a matrix, its adapter's product and their sum, in float32
+        largest = shape.width * max(shape.inner, shape.queries)
+        phases += (Part("merging a matrix", 3 * 4 * largest),)
     # Checkpoints are read in float32 on the host, by every rank, before they move.
-    host = [Part("reading the checkpoint", 4 * count, "host")]
+    host = [Part("reading the checkpoint", 4 * parameters, "host")]
     host.append(Part("publishing", 2 * BUCKET_BYTES, "host"))
     return Role("learner", ranks, config.cluster.learner.num_gpus, (*together,), (*phases, *host))
+
+
+def state_bytes(
+    engine: EngineConfig, count: int, trained: int, ranks: int
+) -> tuple[list[Part], Part]:
+    """What a rank keeps of `count` parameters, `trained` of them; what a step adds for a moment."""
+    plain = engine.kind == "torch"
+    state = PLAIN if plain else STATE[engine.precision, engine.zero_stage]
+
+    def share(numbers: int, pair: tuple[int, int]) -> int:
+        return numbers * pair[0] + numbers * pair[1] // ranks
+
+    place = _place(engine.offload_optimizer)
+    kept = [
+        Part("parameters", share(count, state.parameters)),
+        Part("gradients", share(trained, state.gradients)),
+        Part("optimizer", share(trained, state.optimizer), place),
+    ]
+    return kept, Part("optimizer step", share(trained, state.step), place)
 
 
 def _place(offloaded: bool) -> Where:
     return "host" if offloaded else "device"
 
 
-def _bucket_bytes(engine: EngineConfig, count: int, ranks: int) -> int:
+def _bucket_bytes(engine: EngineConfig, count: int, trained: int, ranks: int) -> int:
     """Reduction and gathering buffers of ZeRO, and what stage 3 gathers at one time."""
-    size, bucket = number_bytes(engine.precision), min(count, BUCKET)
+    size, bucket = number_bytes(engine.precision), min(trained, BUCKET)
     if engine.zero_stage == 0 or ranks == 1:
         return 0
     live = min(count, LIVE) * size if engine.zero_stage == 3 else 0

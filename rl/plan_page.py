@@ -148,7 +148,7 @@ def _learner_changes(config: TrainConfig, shape: Shape) -> Iterator[dict[str, An
         yield {"algorithm.tokens_per_micro_batch": longest_sample(config, shape).tokens}
     if engine.precision == "fp32":
         yield {"engine.precision": "bf16"}
-    if config.algorithm.beta > 0 and not engine.offload_reference:
+    if config.algorithm.beta > 0 and not engine.offload_reference and engine.lora is None:
         yield {"engine.offload_reference": True}
     if engine.kind == "deepspeed" and ranks > 1:
         for stage in range(max(engine.zero_stage + 1, 2), 4):

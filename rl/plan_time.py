@@ -58,7 +58,8 @@ def estimate_speed(config: TrainConfig, shape: Shape, gpu: Gpu) -> Speed:
 def update_flops(config: TrainConfig, shape: Shape) -> float:
     """FLOPs of the learner for one sample of one batch, all its optimizer steps.
 
-    A backward pass costs two forward passes; checkpointing one more. Later iterations are scored
+    A backward pass costs two forward passes, but about one if only adapters have gradients of
+    their weights; checkpointing one more. Later iterations are scored
     once before the first step; each iteration once by the reference.
     """
     sample, algorithm = longest_sample(config, shape), config.algorithm
@@ -67,7 +68,8 @@ def update_flops(config: TrainConfig, shape: Shape) -> float:
         pairs /= 2  # tiles that nobody sees are skipped
     one = shape.forward_flops(sample.tokens, pairs, sample.scored)
     steps = algorithm.num_iterations
-    passes = steps * (3 + config.engine.gradient_checkpointing) + steps - 1
+    both_ways = 3 if config.engine.lora is None else 2
+    passes = steps * (both_ways + config.engine.gradient_checkpointing) + steps - 1
     return one * (passes + (steps if algorithm.beta > 0 else 0))
 
 

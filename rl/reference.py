@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import UserError
 from diffusion.layout import TokenRows
@@ -35,6 +35,7 @@ class Reference:
 
     Args:
         denoiser: on the engine's device, or on the host, from where it visits the device to score.
+            None: the engine trains adapters, and scores without them.
         engine: of the policy: its device, and the other ranks.
         spec: how both denoise.
         scoring: under which masks.
@@ -43,13 +44,13 @@ class Reference:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Denoiser | None,
         engine: Engine,
         spec: DiffusionSpec,
         scoring: BehaviourScoring,
         budget: int,
     ) -> None:
-        self._denoiser = denoiser.eval().requires_grad_(False)
+        self._denoiser = denoiser.eval().requires_grad_(False) if denoiser is not None else None
         self._engine = engine
         self._spec = spec
         self._scoring = scoring
@@ -108,20 +109,30 @@ class Reference:
                     rows.append(row[: sample.sequence.supervised].clone())
 
     def _forward(self, rows: TokenRows) -> Tensor:
+        if self._denoiser is None:
+            return self._engine.score_base(rows)
         scores: Tensor = self._denoiser(rows.to(self._engine.device))
         return scores
 
     def _at_hand(self) -> AbstractContextManager[object]:
+        if self._denoiser is None:
+            return nullcontext()
         home = next(self._denoiser.parameters()).device
         if home == self._engine.device:
             return nullcontext()
         return visiting(self._denoiser, self._engine.device)
 
+    def _model(self) -> nn.Module:
+        if self._denoiser is None:
+            raise ValueError("the reference of adapters is the model without them: it never moves")
+        return self._denoiser.model
+
     def refresh(self) -> None:
         """Become the current policy. Collective: every rank enters."""
+        model = self._model()
         for bucket in self._engine.state_buckets():
             shared = _broadcast_bucket(bucket, self._engine)
-            outcome = self._denoiser.model.load_state_dict(shared, strict=False)
+            outcome = model.load_state_dict(shared, strict=False)
             if outcome.unexpected_keys:
                 raise ValueError(f"the policy has weights its reference lacks: {outcome}")
         self._asked, self._known = set(), {}
@@ -129,7 +140,7 @@ class Reference:
     def snapshot(self, folder: Path, files: StateFiles) -> None:
         """A copy of the weights, to be written by rank 0."""
         if self._engine.rank == 0:
-            files.add(folder / REFERENCE_FILE, self._denoiser.model.state_dict())
+            files.add(folder / REFERENCE_FILE, self._model().state_dict())
 
     def load(self, folder: Path) -> None:
         """Restore what `snapshot` took.
@@ -144,7 +155,7 @@ class Reference:
                 "beta=0: resume it with the same settings"
             )
         state = torch.load(path, map_location=self._engine.device, weights_only=True)
-        self._denoiser.model.load_state_dict(state)
+        self._model().load_state_dict(state)
         self._asked, self._known = set(), {}
 
 

@@ -14,6 +14,7 @@ from common.errors import UserError
 from models.attention import head_size
 from models.checkpoint import REFUSALS
 from models.families import block_size, find_family, read_json, stock_config
+from models.lora import LoraConfig
 from models.spec import SPEC_FILE, DiffusionSpec
 
 # The public config.json of models that a shipped configuration names but does not bring.
@@ -60,6 +61,22 @@ class Shape:
         embeddings = self.vocabulary * self.width * (1 if self.tied else 2)
         layer = self.layer_weights + 2 * self.width + self.extras
         return embeddings + self.layers * layer + self.width
+
+    def adapters(self, lora: LoraConfig | None) -> int:
+        """Parameters of the adapters in all layers: the rank times both ends of each target."""
+        if lora is None:
+            return 0
+        mlp = self.width + self.inner
+        ends = {
+            "q_proj": self.width + self.queries,
+            "k_proj": self.width + self.keys,
+            "v_proj": self.width + self.keys,
+            "o_proj": self.width + self.queries,
+            "gate_proj": mlp,
+            "up_proj": mlp,
+            "down_proj": mlp,
+        }
+        return self.layers * lora.rank * sum(ends[name] for name in lora.targets)
 
     def forward_flops(self, tokens: float, pairs: float, scored: float) -> float:
         """FLOPs of a forward pass: `pairs` of tokens see each other, `scored` go through the head.

@@ -26,6 +26,7 @@ from common.metrics import Sink, open_metrics
 from common.progress import Progress, open_progress
 from common.records import Problem
 from models.attention import check_attention
+from models.lora import check_lora
 from models.outline import Outline, load_outline
 from models.reshard import check_engine
 from models.tokenizer import encode_prompt
@@ -164,6 +165,7 @@ def prepare(config: TrainConfig) -> Job:
             "which is context of the likelihood; set it to false (unmask evaluate may use it)"
         )
     engine, local = config.engine, config.cluster.kind == "local"
+    check_lora(engine.lora)
     check_attention(engine.attention, outline.spec.attention, engine.precision, here=local)
     verify_rewards(config.scoring)
     train = _problems(config, "train")

@@ -80,7 +80,8 @@ class PolicyUpdater:
     Args:
         engine: wraps the policy; sums gradients over micro-batches and ranks.
         reference: frozen copy of a policy, on the engine's device or on the host, from where it
-            visits the device to score; needed if `config.beta` > 0.
+            visits the device to score; needed if `config.beta` > 0, but not by an engine that
+            trains adapters: it scores without them.
         spec: how the policy denoises.
         config: the algorithm.
     """
@@ -92,13 +93,13 @@ class PolicyUpdater:
         spec: DiffusionSpec,
         config: AlgorithmConfig,
     ) -> None:
-        if config.beta > 0 and reference is None:
+        if config.beta > 0 and reference is None and not engine.adapted:
             raise ValueError("beta > 0 needs a reference policy")
         self._engine = engine
         self._spec = spec
         self._config = config
         self._reference: Reference | None = None
-        if reference is not None and config.beta > 0:
+        if config.beta > 0:
             budget = config.tokens_per_micro_batch
             self._reference = Reference(reference, engine, spec, config.scoring, budget)
 

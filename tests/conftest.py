@@ -22,8 +22,9 @@ def _missing(marker: str) -> str | None:
         return None if torch.cuda.is_available() else "needs a CUDA GPU"
     if marker == "docker":
         return _missing_for_docker()
-    if marker == "vllm" and importlib.util.find_spec("vllm") is None:
-        return "needs the vllm extra"
+    extra = {"vllm": "vllm", "peft": "lora"}.get(marker)
+    if extra is not None and importlib.util.find_spec(marker) is None:
+        return f"needs the {extra} extra"
     return None
 
 
@@ -42,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for group in ("ray", "docker"):
             if item.get_closest_marker(group):
                 item.add_marker(pytest.mark.xdist_group(group))
-        for marker in ("gpu", "docker", "vllm"):
+        for marker in ("gpu", "docker", "vllm", "peft"):
             reason = _missing(marker) if item.get_closest_marker(marker) else None
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))

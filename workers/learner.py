@@ -103,7 +103,7 @@ class LearnerWorker:
             denoiser.use(backend), engine, plan.optim, self._rank, self._world_size
         )
         reference = None
-        if plan.algorithm.beta > 0:
+        if plan.algorithm.beta > 0 and not self._engine.adapted:
             folder, device = plan.checkpoint_folder, self._engine.device
             if engine.offload_reference:
                 device = torch.device("cpu")

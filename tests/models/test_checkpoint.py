@@ -1,7 +1,10 @@
 """Checkpoint folders: stock transformers reads them; damaged ones end in one line."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from models.checkpoint import load_checkpoint, new_model, save_checkpoint
 from models.denoiser import Denoiser
 from models.spec import DiffusionSpec
 
+ROOT = Path(__file__).resolve().parents[2]
 SPEC = DiffusionSpec(mask_token_id=2, logit_shift=False, attention="block_causal", block_size=4)
 IDS = torch.tensor([[5, 6, 7, 8]])
 TINY = {
@@ -71,6 +75,26 @@ def test_given_state_replaces_the_weights(
     for name, value in found.named_parameters():
         assert torch.equal(value, state[name]), name
     assert found.lm_head.weight is found.model.embed_tokens.weight
+
+
+@pytest.mark.slow
+@pytest.mark.peft
+def test_saving_says_nothing(good: Path, tmp_path: Path) -> None:
+    """peft brings accelerate, with which transformers imports DeepSpeed to save a model."""
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from models.checkpoint import load_checkpoint, save_checkpoint\n"
+        "found = load_checkpoint(Path(sys.argv[1]))\n"
+        "model = found.denoiser.model\n"
+        "save_checkpoint(Path(sys.argv[2]), model, found.tokenizer, found.spec)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(good), str(tmp_path / "again")],
+        env=environment | {"PYTHONPATH": str(ROOT)}, cwd=ROOT,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_dtype_is_chosen_at_loading(good: Path) -> None:
@@ -142,6 +166,10 @@ BREAK = {
         "weights lack",
     ),
     "contradiction": (lambda f: edit_json(f / "config.json", num_hidden_layers=2), "cannot load"),
+    "adapters": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        r"has an adapter_config\.json; merge",
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer there"),
     "other mask": (
         lambda f: edit_json(f / "diffusion.json", mask_token_id=3),

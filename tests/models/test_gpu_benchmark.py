@@ -23,17 +23,14 @@ CPU = torch.device("cpu")
 # A GPU machine has torch and transformers, and nothing else of what we need elsewhere.
 BARE = """
 import runpy, sys
-class Absent:
-    def find_spec(self, name, *_):
-        if name in {absent} or name.partition(".")[0] in {absent}:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
+# As python has it: importing them fails, and whoever asks first (accelerate does) hears no.
+sys.modules.update(dict.fromkeys({absent}))
 sys.argv = ["benchmarks/gpu.py"] + sys.argv[1:]
 sys.path.insert(0, "to be replaced, as python does for a script")
 runpy.run_path("benchmarks/gpu.py", run_name="__main__")
 """
 # (transformers itself tries pydantic where it is installed: ours comes through common.config.)
-ABSENT = {"ray", "deepspeed", "omegaconf", "common.config"}
+ABSENT = {"ray", "deepspeed", "accelerate", "peft", "omegaconf", "common.config"}
 ABSENT |= {"rl", "pretrain", "workers", "rewards", "sandbox"}
 
 

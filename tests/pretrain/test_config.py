@@ -51,6 +51,7 @@ def test_a_good_config(tmp_path: Path, make_values: MakeValues) -> None:
         ("stages.1.warmup.u_init=0.0", r"stages\.1\.warmup\.u_init"),
         ("tokenizer.vocab_size=100", r"tokenizer\.vocab_size"),
         ("engine.kind=jax", r"engine\.kind"),
+        ("engine.lora.rank=4", r"engine\.lora: adapters need a trained model"),
         ("resume=sometimes", "resume"),
     ],
 )

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,23 @@ def test_start_from_a_tokenizer_without_a_mask_token(
     (folder,) = Pretraining(config_of(values)).run(memory, memory)
     found = load_checkpoint(folder)
     assert found.spec.mask_token_id == found.tokenizer.mask_token_id == 2
+
+
+@pytest.mark.peft
+def test_adapters_of_every_stage(
+    run: Path, tmp_path: Path, make_values: MakeValues, memory: Any
+) -> None:
+    """Each stage merges its own and the next one starts from the sum: stock folders both."""
+    start = stage_folder(run, "ar")
+    values = make_values(tmp_path / "run", start=str(start), architecture={})
+    values["stages"] = values["stages"][1:]
+    values["engine"] = values.get("engine", {}) | {"lora": {"rank": 4, "targets": ["q_proj"]}}
+    folders = [start, *Pretraining(config_of(values)).run(memory, memory)]
+    states = [dict(load_checkpoint(folder).denoiser.model.named_parameters()) for folder in folders]
+    for old, new in pairwise(states):
+        assert list(new) == list(old)
+        moved = {name.split(".")[-2] for name in new if not torch.equal(new[name], old[name])}
+        assert moved == {"q_proj"}
 
 
 def test_adaptation_of_a_plain_ar_model(

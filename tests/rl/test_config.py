@@ -73,6 +73,9 @@ def test_the_run_folder() -> None:
         ("algorithm.stale=forget", "algorithm.stale: "),
         ("algorithm.max_staleness=-1", "algorithm.max_staleness: "),
         ("algorithm={beta: 0.0, reference_refresh_steps: 4}", "reference_refresh_steps=4"),
+        ("engine.lora.rank=0", "lora.rank must be at least 1"),
+        ("engine.lora.targets=[q_proj, w1]", "lora.targets: no w1; choose among q_"),
+        ("engine={offload_reference: true, lora: {}}", "no second model to offload"),
         ("cluster={kind: local, learner: {ranks: 2}}", "cluster.learner.ranks=2"),
         (
             "cluster={kind: local, learner: {ranks: 1}, address: 'h:1'}",
@@ -101,6 +104,12 @@ def test_errors_are_one_line_with_key_and_file(override: str, named: str) -> Non
     assert str(TINY) in line
     assert "\n" not in line
     assert len(line) < 400
+
+
+def test_a_reference_of_adapters_is_not_refreshed() -> None:
+    with pytest.raises(UserError, match="model without adapters, for ever; set it to 0") as caught:
+        load_train_config(TINY, ["engine.lora.rank=4", "algorithm.reference_refresh_steps=4"])
+    assert "\n" not in str(caught.value)
 
 
 def test_torch_engine_has_one_rank() -> None:

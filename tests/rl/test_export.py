@@ -15,6 +15,7 @@ from common.progress import SilentProgress
 from common.records import Completion, Group, Problem, Rollout, Score
 from models.checkpoint import load_checkpoint
 from models.engine import EngineConfig, OptimConfig
+from models.lora import LoraConfig
 from models.outline import load_outline
 from models.spec import DiffusionSpec
 from rl.checkpoint import Checkpoints, RunState
@@ -61,11 +62,20 @@ def saved_run(sft: Path, run: Path, engine: dict[str, Any]) -> LearnerWorker:
     return learner
 
 
-ENGINES: list[dict[str, Any]] = [
+LORA = LoraConfig(rank=2, targets=("k_proj", "up_proj"))
+ENGINES: list[Any] = [
     {"kind": "torch"},
     {"kind": "torch", "precision": "bf16"},
     *({"zero_stage": stage} for stage in range(4)),
     *({"zero_stage": stage, "precision": "bf16"} for stage in range(4)),
+    *(
+        pytest.param(engine | {"lora": LORA}, marks=pytest.mark.peft, id=f"lora-{name}")
+        for name, engine in {
+            "torch": {"kind": "torch"},
+            "1-bf16": {"zero_stage": 1, "precision": "bf16"},
+            "3": {"zero_stage": 3},
+        }.items()
+    ),
 ]
 
 

@@ -23,6 +23,7 @@ from diffusion.layout import TokenRows
 from models.checkpoint import new_model
 from models.denoiser import Denoiser
 from models.engine import EngineConfig, OptimConfig, make_engine, prepare_module
+from models.lora import LoraConfig
 from models.spec import DiffusionSpec
 from rl.cli import app
 from rl.config import TrainConfig, load_train_config
@@ -37,6 +38,7 @@ from rl.plan import (
     misfits,
     rollout,
     rows_at_once,
+    state_bytes,
     store_bytes,
 )
 from rl.plan_page import Machine, remedy
@@ -54,7 +56,7 @@ TINY = {
 }  # fmt: skip
 # Large enough for its 20 MB to 200 MB to stand out of an interpreter's.
 MEASURED = TINY | {"vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1024}
-ROWS, LENGTH, WEIGHT = 2, 192, 4
+ROWS, LENGTH, WEIGHT, RANK = 2, 192, 4, 8
 HOST = ("engine.offload_optimizer=true", "engine.offload_reference=true")
 NO_REFERENCE = ("algorithm.beta=0", "algorithm.reference_refresh_steps=0")
 
@@ -129,6 +131,47 @@ def test_what_is_offloaded_lies_on_the_host() -> None:
     assert moved.host_bytes >= (3 + 2 + 4) * count
 
 
+LORA = ("engine.lora.rank=16", "engine.offload_reference=false", NO_REFERENCE[1])
+
+
+def test_adapters_by_hand() -> None:
+    """16 * (2 * 8192 + 2 * 5120 + 3 * 18432) of 32 layers; no reference, no gradient of the head"""
+    config, shape = shipped("stable_diffcoder_8b", *LORA)
+    count, adapters = 8_250_462_208, 32 * 16 * 81_920
+    assert shape.adapters(config.engine.lora) == adapters == 41_943_040
+    assert shape.adapters(LoraConfig(rank=1, targets=("k_proj",))) == 32 * 5120
+    assert config.algorithm.beta > 0
+    role = learner(config, shape, gpu=True)
+    assert part(role, "parameters") == 2 * (count + adapters)
+    assert part(role, "gradients") == adapters
+    assert part(role, "optimizer") == 3 * adapters
+    assert part(role, "optimizer step") == 9 * adapters // 4
+    assert part(role, "reference") == part(role, "reference visiting") == 0
+    assert part(role, "reading the checkpoint") == 4 * count
+    whole = learner(*shipped("stable_diffcoder_8b", *LORA[1:]), gpu=True)
+    head = part(whole, "activations and logits") - part(role, "activations and logits")
+    assert head == 2 * shape.vocabulary * shape.width
+    assert store_bytes(config, shape) == 3 * 2 * count  # merged
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("kind", [{"model_type": "qwen2"}, {"model_type": "qwen3", "head_dim": 48}])
+def test_adapters_are_those_that_are_trained(kind: dict[str, Any]) -> None:
+    model, lora = new_model(TINY | kind, 0), LoraConfig(rank=3)
+    make_engine(Denoiser(model, CANVAS), EngineConfig(kind="torch", lora=lora), OptimConfig(lr=1.0))
+    counted = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    assert shape_of(model.config, CANVAS).adapters(lora) == counted
+
+
+def test_a_plan_with_adapters_proposes_no_second_model() -> None:
+    """They fit where all weights do not; and what does not fit is not mended by an offload."""
+    assert misfits(*shipped("stable_diffcoder_8b", *LORA), 8, 40) == []
+    assert misfits(*shipped("stable_diffcoder_8b", *LORA[1:]), 8, 40) != []
+    config, shape = shipped("stable_diffcoder_8b", *LORA)
+    change = remedy(config, shape, Machine(8, 22, "h100"))
+    assert "engine.offload_reference=true" not in change
+
+
 def test_the_longest_sample_by_hand() -> None:
     """Canvas: three views of 200 + 256. Blocks of 4: 452 clean tokens and 3 x 256 noisy ones."""
     assert longest_sample(*shipped("diffucoder_7b")).tokens == 3 * 456
@@ -185,13 +228,13 @@ def test_a_layer_keeps_what_the_plan_says(dtype: torch.dtype) -> None:
     assert two - one == pytest.approx(layer_bytes(shape, dtype.itemsize, 2, 64, True), rel=0.01)
 
 
-def measured(kind: str, stage: int) -> dict[str, int]:
+def measured(kind: str, stage: int, rank: int = 0) -> dict[str, int]:
     """Bytes of a process with a model of 10 M parameters: at rest, and at the peak of a step."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     # Freed memory goes back at once: else the heap's holes would be counted too.
     environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, __file__, kind, str(stage)],
+        [sys.executable, __file__, kind, str(stage), str(rank)],
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -214,6 +257,25 @@ def test_a_process_needs_what_the_plan_says(kind: str, stage: int) -> None:
     passes = activation_bytes(shape, engine, ROWS, LENGTH, dense=True)
     passes += head_bytes(shape, WEIGHT, ROWS * LENGTH, gpu=False)
     assert found["peak"] == pytest.approx(kept + max(passes, step), rel=0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.peft
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 2)])
+def test_adapters_need_what_the_plan_says(kind: str, stage: int) -> None:
+    """The model once, and gradients and moments of adapters only: a quarter of all weights'."""
+    found, shape = measured(kind, stage, RANK), measured_shape()
+    adapters = shape.adapters(LoraConfig(rank=RANK))
+    engine = EngineConfig(kind=kind, zero_stage=stage)  # type: ignore[arg-type]
+    parts, stepping = state_bytes(engine, shape.parameters + adapters, adapters, 1)
+    kept = sum(part.bytes for part in parts)
+    assert kept < 0.4 * 16 * shape.parameters
+    weights = WEIGHT * shape.parameters  # of one model: what a wrong plan would miss at least
+    assert found["kept"] == pytest.approx(kept, abs=0.4 * weights)
+    passes = activation_bytes(shape, EngineConfig(), ROWS, LENGTH, dense=True)
+    passes += head_bytes(shape, WEIGHT, ROWS * LENGTH, gpu=False, frozen=True)
+    promised = kept + max(passes, stepping.bytes)
+    assert promised - weights < found["peak"] < promised
 
 
 def measured_shape() -> Shape:
@@ -331,10 +393,12 @@ def test_a_model_that_nobody_knows(tmp_path: Path) -> None:
         find_shape(path)
 
 
-def main(kind: str, stage: int) -> None:
+def main(kind: str, stage: int, rank: int) -> None:
+    lora = LoraConfig(rank=rank) if rank else None
+
     def build(values: dict[str, Any]) -> Any:
         model = new_model(values | {"model_type": "qwen2", "tie_word_embeddings": False}, 0)
-        config = EngineConfig(kind=kind, zero_stage=stage)  # type: ignore[arg-type]
+        config = EngineConfig(kind=kind, zero_stage=stage, lora=lora)  # type: ignore[arg-type]
         return make_engine(Denoiser(model, CANVAS), config, OptimConfig(lr=1e-4, total_steps=9))
 
     def step(engine: Any, rows: TokenRows, watch: Any = None) -> None:
@@ -362,4 +426,4 @@ def main(kind: str, stage: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

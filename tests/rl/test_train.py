@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -201,13 +202,21 @@ def test_running_one_batch_ahead(config_file: Path) -> None:
         assert math.isfinite(values["async/importance_max"])
 
 
-def test_straight_equals_interrupted_and_resumed(config_file: Path) -> None:
+ADAPTERS = "engine.lora={rank: 4, targets: [q_proj, down_proj]}"
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], pytest.param([ADAPTERS, "optim.lr=0.01"], marks=pytest.mark.peft)]
+)
+def test_straight_equals_interrupted_and_resumed(
+    config_file: Path, checkpoint: Path, overrides: list[str]
+) -> None:
     """Bit for bit in parameters and metrics, also when Ctrl-C falls between two checkpoints."""
     there, here = config_file.parent / "straight", config_file.parent / "halves"
     straight = Notes()
-    config = load_train_config(config_file, [f"run.folder={there}"])
+    config = load_train_config(config_file, [f"run.folder={there}", *overrides])
     prepare(config).run(straight, SilentProgress())
-    config = load_train_config(config_file, [f"run.folder={here}"])
+    config = load_train_config(config_file, [f"run.folder={here}", *overrides])
     first, second = Notes(stop_at=3), Notes()
     with pytest.raises(KeyboardInterrupt):
         prepare(config).run(first, SilentProgress())
@@ -220,6 +229,23 @@ def test_straight_equals_interrupted_and_resumed(config_file: Path) -> None:
     assert kept + second.learned() == straight.learned()
     ours, theirs = weights(here / "rl" / "hf"), weights(there / "rl" / "hf")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    before = weights(checkpoint)
+    moved = {name.split(".")[-2] for name in ours if not torch.equal(ours[name], before[name])}
+    assert {"q_proj", "down_proj"} <= moved
+    assert ("up_proj" in moved) is not bool(overrides)
+
+
+def test_adapters_without_peft_are_refused_before_work(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    result = invoke("--config", config_file, ADAPTERS)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "unmask: engine.lora: peft is not installed; run `pip install peft` (pinned in "
+        "requirements/cpu.txt) or set engine.lora=null"
+    ]
+    assert not (config_file.parent / "run").exists()
 
 
 def test_interrupt_closes_the_cluster(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,6 +347,8 @@ def override(text: str) -> Callable[[Path], list[str]]:
             override("engine={kind: torch, attention: flash_attention_2, precision: bf16}"),
             "engine.attention=flash_attention_2 computes bidirectional attention only",
         ),
+        (override("engine.lora.rank=0"), "lora.rank must be at least 1"),
+        (override("engine.lora.targets=[query]"), "lora.targets: no query; choose among q_proj"),
         (override("run.resume=/nowhere"), "run.resume=/nowhere"),
         (override("cluster={kind: ray, address: '127.0.0.1:1'}"), "cluster.address=127.0.0.1:1"),
         (no_column, "bad.jsonl, line 1"),

@@ -4,6 +4,7 @@
 rank of the two-rank runs.
 """
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from common.records import Completion, Group, Problem, Rollout, Score
 from models.checkpoint import new_model
 from models.denoiser import Denoiser
 from models.engine import EngineConfig, OptimConfig, make_engine
+from models.lora import LoraConfig
 from models.spec import DiffusionSpec
 from rl.update import AlgorithmConfig, PolicyUpdater
 
@@ -62,7 +64,7 @@ def groups() -> list[Group]:
 def updated(config: EngineConfig, budget: int, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
     """Metrics of each of a few updates, and the parameters after the last."""
     engine = make_engine(Denoiser(new_model(ARCHITECTURE, 0), SPEC), config, OPTIM, rank, ranks)
-    reference = Denoiser(new_model(ARCHITECTURE, 0), SPEC)
+    reference = None if engine.adapted else Denoiser(new_model(ARCHITECTURE, 0), SPEC)
     algorithm = AlgorithmConfig(num_iterations=2, beta=0.1, tokens_per_micro_batch=budget)
     updater = PolicyUpdater(engine, reference, SPEC, algorithm)
     metrics = []
@@ -110,6 +112,44 @@ def test_an_offloaded_optimizer(plain: dict[str, Any]) -> None:
     assert_equal(updated(config, SMALL), plain)
 
 
+LORA = LoraConfig(rank=4, targets=("q_proj", "down_proj"))
+ADAPTED = [
+    EngineConfig(kind="torch", lora=LORA),
+    *(EngineConfig(zero_stage=stage, lora=LORA) for stage in range(4)),
+    EngineConfig(zero_stage=3, lora=LORA, offload_optimizer=True),
+    EngineConfig(zero_stage=3, lora=LORA, gradient_checkpointing=True),
+]
+
+
+@pytest.fixture(scope="module")
+def adapted(plain: dict[str, Any]) -> dict[str, Any]:
+    """As `plain`, with adapters, whose reference is the engine's own model."""
+    found = updated(ADAPTED[0], WHOLE)
+    assert [step["policy/kl"] > 0 for step in found["metrics"]] == [True, True]
+    start = dict(new_model(ARCHITECTURE, 0).named_parameters())
+    moved = {name for name, value in found["state"].items() if not torch.equal(value, start[name])}
+    ends = tuple(f"{target}.weight" for target in LORA.targets)
+    assert moved == {name for name in start if name.endswith(ends)}
+    return found
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("config", ADAPTED, ids=range(len(ADAPTED)))
+def test_adapters(adapted: dict[str, Any], config: EngineConfig) -> None:
+    assert_equal(updated(config, SMALL), adapted)
+
+
+@pytest.mark.peft
+def test_what_adapters_are_compared_with_never_moves() -> None:
+    engine = make_engine(Denoiser(new_model(ARCHITECTURE, 0), SPEC), ADAPTED[0], OPTIM)
+    updater = PolicyUpdater(
+        engine, None, SPEC, AlgorithmConfig(beta=0.1, reference_refresh_steps=1)
+    )
+    updater.update(groups(), 0)
+    with pytest.raises(ValueError, match="never moves"):
+        updater.update(groups(), 1)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what both ranks found at every stage: one pair of processes for all."""
@@ -139,10 +179,24 @@ def test_two_ranks_at_every_stage(plain: dict[str, Any], stage: int, two_ranks: 
     assert_equal(first, plain)
 
 
+@pytest.mark.peft
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_adapters_on_two_ranks(adapted: dict[str, Any], stage: int, two_ranks: Path) -> None:
+    """At ZeRO-3 scoring ahead gathers parameters too: ranks must stay in step."""
+    first, second = (torch.load(two_ranks / f"lora-{stage}-{rank}.pt") for rank in range(2))
+    assert second["metrics"] == first["metrics"]
+    assert_equal(first, adapted)
+
+
 def main(rank: int, folder: Path) -> None:
     for stage in range(4):
         found = updated(EngineConfig(zero_stage=stage), SMALL, rank, ranks=2)
         torch.save(found, folder / f"{stage}-{rank}.pt")
+    if importlib.util.find_spec("peft") is None:
+        return
+    for stage in range(4):
+        config = EngineConfig(zero_stage=stage, lora=LORA)
+        torch.save(updated(config, SMALL, rank, ranks=2), folder / f"lora-{stage}-{rank}.pt")
 
 
 if __name__ == "__main__":

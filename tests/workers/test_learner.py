@@ -153,3 +153,33 @@ def test_two_ranks_need_a_meeting_point(make_config: MakeConfig) -> None:
     plan = LearnerPlan.of(make_config())
     with pytest.raises(UserError, match=r"cluster\.kind=ray"):
         LearnerWorker(plan, LocalWeightStore(), rank=0, world_size=2).start()
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("engine", [{"kind": "torch"}, {"zero_stage": 2}, {"zero_stage": 3}])
+def test_adapters_need_no_second_model(
+    make_config: MakeConfig, scored_groups: list[Group], tmp_path: Path, engine: dict[str, object]
+) -> None:
+    """KL to the stock model: zero at first, then what a second copy of it would say."""
+    lora = {"rank": 4, "alpha": 64.0, "targets": ("q_proj", "down_proj")}
+    config = make_config(engine=engine | {"lora": lora}, algorithm={"num_iterations": 1})
+    worker, store = learner(config)
+    assert worker._updater._reference is not None
+    assert worker._updater._reference._denoiser is None
+    assert worker.update(scored_groups, 0)["policy/kl"] < 1e-9  # rounding: batched otherwise
+    copied, _ = learner(config)
+    copied.update(scored_groups, 0)
+    theirs = copied._updater._reference
+    assert theirs is not None and not theirs._known  # nothing that would be said again
+    reference = theirs._denoiser = load_checkpoint(copied._plan.checkpoint_folder).denoiser
+    metrics = worker.update(scored_groups, 1)
+    assert metrics["policy/kl"] > 1e-6
+    assert metrics == pytest.approx(copied.update(scored_groups, 1), rel=1e-3, abs=1e-7)
+    worker.publish(1)
+    published, stock = weights(store), dict(reference.model.named_parameters())
+    assert list(published) == list(stock)  # a rollout worker loads it as any other policy
+    moved = {name for name, value in stock.items() if not torch.equal(value, published[name])}
+    assert moved == {name for name in stock if name.endswith(("q_proj.weight", "down_proj.weight"))}
+    worker.export(tmp_path / "hf")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").named_parameters()
+    assert all(torch.equal(value, published[name]) for name, value in exported)
