@@ -385,16 +385,23 @@ def test_torch_engine_refuses_ranks() -> None:
 
 # Two ranks
 
+CASES: dict[str, dict[str, Any]] = {str(stage): {"zero_stage": stage} for stage in range(4)}
+CASES["3-offloaded"] = {"zero_stage": 3, "offload_optimizer": True}
+
+
+def alone(settings: dict[str, Any]) -> Engine:
+    return make_engine(TinyDenoiser(), EngineConfig(**settings), OPTIM)
+
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what both ranks found at every ZeRO stage: one pair of processes for all."""
     folder = tmp_path_factory.mktemp("ranks")
-    for stage in range(4):
-        engine = engine_of("deepspeed", stage)
+    for case, settings in CASES.items():
+        engine = alone(settings)
         train(engine)
-        save_engine(engine, folder / f"one-{stage}")
-        torch.save(train(engine, steps=2), folder / f"one-{stage}.pt")
+        save_engine(engine, folder / f"one-{case}")
+        torch.save(train(engine, steps=2), folder / f"one-{case}.pt")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -440,9 +447,9 @@ def test_two_ranks_of_zero_3_gather_the_lean_head(
     assert ("lm_head.weight" in first["state"]) is not tied
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_equal_one(plain: dict[str, Any], stage: int, two_ranks: Path) -> None:
-    first, second = (torch.load(two_ranks / f"{stage}-{rank}.pt") for rank in range(2))
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one(plain: dict[str, Any], case: str, two_ranks: Path) -> None:
+    first, second = (torch.load(two_ranks / f"{case}-{rank}.pt") for rank in range(2))
     assert second.pop("state") == {}
     for key in ("loss", "grad_norm", "lr", "skipped"):
         assert second[key] == first[key]
@@ -452,32 +459,32 @@ def test_two_ranks_equal_one(plain: dict[str, Any], stage: int, two_ranks: Path)
         assert resumed["loss"] == continued["loss"]
         for name, value in continued["state"].items():
             assert torch.equal(resumed["state"][name], value), name
-    meta = json.loads((two_ranks / f"policy-{stage}" / "engine.json").read_text())
+    meta = json.loads((two_ranks / f"policy-{case}" / "engine.json").read_text())
     assert meta["ranks"] == 2
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_one_rank_goes_on_as_two(stage: int, two_ranks: Path) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank_goes_on_as_two(case: str, two_ranks: Path) -> None:
     """Learning rate, Adam's step count and moments carry over: the second loss shows them."""
-    first, second = (torch.load(two_ranks / f"{stage}-{rank}.pt")["grown"] for rank in range(2))
+    first, second = (torch.load(two_ranks / f"{case}-{rank}.pt")["grown"] for rank in range(2))
     assert second.pop("state") == {}
     assert second == {key: first[key] for key in second}
-    assert_same(first, torch.load(two_ranks / f"one-{stage}.pt"), **CLOSE)
+    assert_same(first, torch.load(two_ranks / f"one-{case}.pt"), **CLOSE)
     assert first["lr"] == [learning_rate(OPTIM, step) for step in (3, 4)]
-    assert not list((two_ranks / f"one-{stage}").glob(".*"))  # what was converted is gone
+    assert not list((two_ranks / f"one-{case}").glob(".*"))  # what was converted is gone
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_go_on_as_one(stage: int, two_ranks: Path) -> None:
-    engine = engine_of("deepspeed", stage)
-    engine.load(two_ranks / f"policy-{stage}")
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_go_on_as_one(case: str, two_ranks: Path) -> None:
+    engine = alone(CASES[case])
+    engine.load(two_ranks / f"policy-{case}")
     found = train(engine, steps=2)
-    assert_same(found, torch.load(two_ranks / f"{stage}-0.pt")["continued"], **CLOSE)
+    assert_same(found, torch.load(two_ranks / f"{case}-0.pt")["continued"], **CLOSE)
     assert found["lr"] == [learning_rate(OPTIM, step) for step in (3, 4)]
     # What it saves from here on is its own again.
-    save_engine(engine, two_ranks / f"again-{stage}")
-    again = engine_of("deepspeed", stage)
-    again.load(two_ranks / f"again-{stage}")
+    save_engine(engine, two_ranks / f"again-{case}")
+    again = alone(CASES[case])
+    again.load(two_ranks / f"again-{case}")
     assert train(again, steps=1)["loss"] == train(engine, steps=1)["loss"]
 
 
@@ -490,23 +497,23 @@ def test_shards_of_another_number_of_ranks_that_do_not_fit(two_ranks: Path) -> N
 
 
 def main(rank: int, folder: Path) -> None:
-    def fresh(stage: int) -> Engine:
-        config = EngineConfig(zero_stage=stage)
+    def fresh(case: str) -> Engine:
+        config = EngineConfig(**CASES[case])
         return make_engine(TinyDenoiser(), config, OPTIM, rank=rank, world_size=2)
 
-    for stage in range(4):
-        engine = fresh(stage)
+    for case in CASES:
+        engine = fresh(case)
         result = train(engine)
-        save_engine(engine, folder / f"policy-{stage}")
+        save_engine(engine, folder / f"policy-{case}")
         engine.sum_over_ranks({"saved": 1.0})  # all files are there before anybody reads them
         result["continued"] = train(engine, steps=2)
-        engine = fresh(stage)
-        engine.load(folder / f"policy-{stage}")
+        engine = fresh(case)
+        engine.load(folder / f"policy-{case}")
         result["resumed"] = train(engine, steps=2)
-        engine = fresh(stage)
-        engine.load(folder / f"one-{stage}")
+        engine = fresh(case)
+        engine.load(folder / f"one-{case}")
         result["grown"] = train(engine, steps=2)
-        torch.save(result, folder / f"{stage}-{rank}.pt")
+        torch.save(result, folder / f"{case}-{rank}.pt")
     for tied in (False, True):
         config = EngineConfig(zero_stage=3)
         engine = make_engine(real_denoiser(tied), config, OPTIM, rank=rank, world_size=2)
