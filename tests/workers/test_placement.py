@@ -4,6 +4,7 @@ import inspect
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from workers.fitting import Want
 from workers.health import WorkerFailed
 from workers.nodes import Reservation, check_fits, connect
 from workers.placement import Actor, Remote, find, launch, ray, wait
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Parrot:
@@ -248,3 +251,73 @@ def test_room_that_is_not_there_ends_the_wait_and_leaves_no_group(ray_started: N
 def _groups(name: str) -> set[str]:
     table = ray.util.placement_group_table().values()
     return {group["state"] for group in table if group["name"] == name}
+
+
+TWO_NODES = """
+import sys
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from common.errors import UserError
+from workers.fitting import Want
+from workers.nodes import Reservation, check_fits
+from workers.placement import launch, wait
+
+folder = Path(sys.argv[1])
+node = {"num_cpus": 4, "object_store_memory": 100 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args=node)
+other = cluster.add_node(**node, labels={"pool": "training"})
+ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+
+
+class Where:
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+
+
+def nodes_of(strategy, labels=None):
+    want = Want("learner", 2, {"CPU": 1.0}, labels or {}, strategy == "strict_spread")
+    check_fits([want])
+    room = Reservation(f"gang-{strategy}-{bool(labels)}", want, strategy, 60)
+    name = f"{strategy}-{bool(labels)}"
+    actors = [
+        launch(f"{name}-{i}", folder / f"{name}-{i}.log", Where, run="r", num_cpus=1.0, local=True,
+               place=room.place(i))
+        for i in range(2)
+    ]
+    found = wait([actor.call("node") for actor in actors], 100)
+    room.release()  # and with it the actors
+    return found
+
+
+assert len(set(nodes_of("pack"))) == 1
+assert len(set(nodes_of("spread"))) == 2
+assert len(set(nodes_of("strict_spread"))) == 2
+assert set(nodes_of("pack", {"pool": "training"})) == {other.node_id}
+try:
+    check_fits([Want("learner", 3, {"CPU": 1.0}, {}, True)])
+    raise SystemExit("three ranks cannot have a node each here")
+except UserError as error:
+    assert "learner" in str(error), error
+left = [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+assert left == [], left
+ray.shutdown()
+cluster.shutdown()
+print("placed")
+"""
+
+
+@pytest.mark.slow
+def test_gangs_on_two_nodes(tmp_path: Path) -> None:
+    """Packed on one, spread over both, bound to a label; each rank where its bundle is."""
+    found = subprocess.run(
+        [sys.executable, "-c", TWO_NODES, str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert found.stdout.strip().endswith("placed"), found.stdout + found.stderr
