@@ -38,6 +38,8 @@ def _show(found: Audit, console: Console) -> None:
     say(f"dropped: {dropped or 'none'}")
     for life in found.lives[1:]:
         say(f"life {life['life']} began at step {life['step']}: {life['cause']}")
+    if found.recomputed:
+        say(f"{found.recomputed} were too old and rolled out once more")
     if found.superseded:
         say(f"{found.superseded} entries are of earlier lives and count no more")
     if found.in_flight:

@@ -86,6 +86,7 @@ def test_samples_that_were_rolled_out_again(tmp_path: Path) -> None:
     sink.log({"timing_s/update": 1.0, "async/recomputed_stale": 3.0}, step=1, stage="rl")
     found = audit(tmp_path)
     assert (found.violations, found.recomputed, found.trained) == ([], 3, 2)
+    assert "3 were too old and rolled out once more" in command(str(tmp_path)).stdout
     sink.log({"timing_s/update": 1.0, "async/recomputed_stale": 2.0}, step=1, stage="rl")
     life.came(0, "recomputed", [group("x", 1.0)])
     assert audit(tmp_path).violations == [
