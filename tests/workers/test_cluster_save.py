@@ -54,7 +54,11 @@ def test_another_number_of_ranks_goes_on(
     assert resumed.sync_weights() == 7
     found = [resumed.update(scored_groups, step) for step in (1, 2)]
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+        assert untimed(ours) == pytest.approx(untimed(theirs), rel=1e-3, abs=1e-5)
+
+
+def untimed(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith("idle/")}
 
 
 @pytest.mark.ray
