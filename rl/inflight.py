@@ -75,11 +75,10 @@ def taken_up(
 
 
 def _read(values: Mapping[str, Any], problems: Sequence[Problem]) -> Scored | None:
-    known = {problem.problem_id: problem for problem in problems}
     groups = _ROLLOUTS.validate_python(values["groups"], strict=False)
-    if any(not rollouts or rollouts[0].problem_id not in known for rollouts in groups):
+    if [{rollout.problem_id for rollout in group} for group in groups] != [
+        {problem.problem_id} for problem in problems
+    ]:
         return None
-    return Scored(
-        [Group(known[rollouts[0].problem_id], tuple(rollouts)) for rollouts in groups],
-        dict(values["sums"]),
-    )
+    pairs = zip(problems, groups, strict=True)
+    return Scored([Group(p, tuple(rollouts)) for p, rollouts in pairs], dict(values["sums"]))

@@ -1,10 +1,10 @@
 """What became of every sample: `ledger.jsonl`, beside `metrics.jsonl`. Not the proof: `rl.audit`.
 
-One line for each thing that happens to a batch (planned, generated, scored, perhaps recomputed,
-settled), by step,
-problem and sample index. A run that goes on from a checkpoint begins a new *life* at its step:
-whatever earlier lives wrote about that step and later ones stays in the file but counts no more.
-Every line names its life, so a late line of an earlier one cannot be taken for news.
+A line for each thing that happens to a batch or a part of it (planned, generated, scored, perhaps
+recomputed, settled), by step, problem and sample index. A run that goes on from a checkpoint begins
+a new *life* at its step: whatever earlier lives wrote about that step and later ones stays in the
+file but counts no more. Every line names its life, so a late line of an earlier one cannot be taken
+for news.
 """
 
 import json

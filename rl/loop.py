@@ -87,7 +87,7 @@ class Loop:
             self.monitor.say(f"{loss}; the learner starts anew and goes on from step {step}")
             self.cluster.recover(checkpoint)
         elif checkpoint is not None:
-            scored = read_batches(checkpoint, self.batch)
+            scored = read_batches(checkpoint, self.batch) if self.plan.take_up else {}
             self.cluster.load(checkpoint, self.state.policy_version)
         self.life = self.ledger.begin(step, cause)
         self.state = replace(self.state, policy_version=self.cluster.sync_weights())

@@ -19,6 +19,11 @@ from models.outline import Outline
 ORIGIN_FILE, DESCRIPTION = "origin.json", "model"
 # Settings that say how long, how often and how loud, not what is learned.
 UNIMPORTANT = ("run.resume", "train.", "metrics.", "cluster.")
+# What a batch that was scored before a restart depends on; `algorithm` for its log-probabilities.
+OF_BATCHES = (
+    *("rollout.", "reward.", "data.", "algorithm.estimator."),
+    *("algorithm.num_iterations", "algorithm.importance_cap"),
+)
 SHOWN = 4
 
 
@@ -83,14 +88,21 @@ class Origin:
             )
         return self._remarks(saved)
 
-    def _remarks(self, saved: "Origin") -> list[str]:
-        remarks = []
+    def takes_up(self, checkpoint: Path) -> bool:
+        """Whether batches that were scored when `checkpoint` was written are still of this run."""
+        return not any(key.startswith(OF_BATCHES) for key in self._changes(read_origin(checkpoint)))
+
+    def _changes(self, saved: "Origin") -> dict[str, str]:
         old, new = dict(_flat(saved.config)), dict(_flat(json.loads(json.dumps(self.config))))
-        changed = [
-            f"{key} {old.get(key)} -> {new.get(key)}"
+        return {
+            key: f"{old.get(key)} -> {new.get(key)}"
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and not key.startswith(UNIMPORTANT)
-        ]
+        }
+
+    def _remarks(self, saved: "Origin") -> list[str]:
+        remarks = []
+        changed = [f"{key} {change}" for key, change in self._changes(saved).items()]
         if changed:
             more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
             remarks.append(

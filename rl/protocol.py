@@ -25,7 +25,10 @@ def nobody(event: Arrival, groups: Sequence[Group]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopPlan:
-    """Numbers of one run. `save_every` 0 saves at the end only, `eval_every` 0 never evaluates."""
+    """Numbers of one run. `save_every` 0 saves at the end only, `eval_every` 0 never evaluates.
+
+    take_up: use the batches that were scored when the run was saved.
+    """
 
     steps: int
     eval_decoding: DecodingConfig
@@ -35,6 +38,7 @@ class LoopPlan:
     eval_at_start: bool = False
     max_staleness: int = 0
     stale: StaleRule = "drop"
+    take_up: bool = True
     timeout_s: float = 600.0
 
 

@@ -1,7 +1,7 @@
 """The frozen policy that the KL compares with, and what it has said of completions. Not the loss.
 
 Its log-probabilities do not depend on what is learned, so they can be worked out as soon as a group
-is scored, while others are still being decoded (`prepare`). They are always worked out group by
+is scored, while others are still being decoded (`prepare`). They are then worked out group by
 group: a sample's numbers must not depend on who happened to arrive with it, or when.
 """
 
@@ -57,6 +57,7 @@ class Reference:
         self._budget = budget
         self._asked: set[Key] = set()  # by any rank: every rank is told of the same groups
         self._known: dict[Key, list[Tensor]] = {}  # the share of this rank, an entry an iteration
+        self._loads = [0] * engine.world_size
 
     def prepare(self, samples: List[Sample]) -> None:
         """Score now what `logps` will be asked for. Every rank is told the same, in one order."""
@@ -72,7 +73,8 @@ class Reference:
             samples: of all ranks.
         """
         self._score(samples)
-        known = {k: v for share in self._engine.gather(self._known) for k, v in share.items()}
+        mine = {key: self._known[key] for s in samples if (key := _key(s)) in self._known}
+        known = {key: rows for share in self._engine.gather(mine) for key, rows in share.items()}
         device = self._engine.device
         return [
             [_padded([known[_key(s)][i] for s in micro.samples]).to(device) for micro in plan]
@@ -88,14 +90,32 @@ class Reference:
     def _score(self, samples: List[Sample]) -> None:
         new = [sample for sample in samples if _key(sample) not in self._asked]
         self._asked |= {_key(sample) for sample in new}
-        estimator, engine = self._scoring.estimator, self._engine
-        with self._at_hand() if new else nullcontext():
-            for _, group in itertools.groupby(new, key=lambda sample: sample.problem_id):
-                members = list(group)
-                costs = [forward_tokens(self._spec, one.sequence, estimator) for one in members]
-                share = micro_batches(members, costs, self._budget, engine.rank, engine.world_size)
-                for micro in share:
-                    self._score_one(micro)
+        alone = self._denoiser is not None or self._engine.world_size == 1
+        plan = self._share_of_groups(new) if alone else self._share(new)
+        with self._at_hand() if plan else nullcontext():
+            for micro in plan:
+                self._score_one(micro)
+
+    def _share_of_groups(self, samples: List[Sample]) -> list[MicroBatch]:
+        """Whole groups, each for the rank that has been given the fewest tokens so far."""
+        plan = []
+        for _, group in itertools.groupby(samples, key=lambda sample: sample.problem_id):
+            members = list(group)
+            costs = self._costs(members)
+            owner = self._loads.index(min(self._loads))
+            self._loads[owner] += sum(costs)
+            if owner == self._engine.rank:
+                plan += micro_batches(members, costs, self._budget)
+        return plan
+
+    def _share(self, samples: List[Sample]) -> list[MicroBatch]:
+        """As many passes as every other rank: adapters may be in pieces on all of them."""
+        engine, costs = self._engine, self._costs(samples)
+        return micro_batches(samples, costs, self._budget, engine.rank, engine.world_size)
+
+    def _costs(self, samples: List[Sample]) -> list[int]:
+        estimator = self._scoring.estimator
+        return [forward_tokens(self._spec, sample.sequence, estimator) for sample in samples]
 
     def _score_one(self, micro: MicroBatch) -> None:
         sequences = [sample.sequence for sample in micro.samples]

@@ -115,6 +115,7 @@ class Job:
             eval_at_start=config.train.eval_at_start,
             max_staleness=config.algorithm.max_staleness,
             stale=config.algorithm.stale,
+            take_up=self.resume_from is None or self.origin.takes_up(self.resume_from),
             timeout_s=config.cluster.timeout_s,
         )
         checkpoints = Checkpoints(config.run.path, config.train.keep_last_n, self.origin)

@@ -37,6 +37,8 @@ from workers.weights import INITIAL_VERSION
 from workers.wire import version_bytes
 
 FAILURES_FILE = "failures.log"
+# A batch goes on to the learner in so many parts: a call to every rank costs the driver time.
+POSTS = 8
 # Files of a checkpoint may take longer than any one answer.
 SAVE_TIMEOUTS, SAVE_POLL_S = 6.0, 0.1
 
@@ -78,13 +80,20 @@ class RayCluster:
         self._reporter: Reporter | None = None
         self._pace = Pace()
         self._idle: dict[str, Idle] = {}
-        self._shares: dict[str, float] = {}  # idle ones, of the last step
+        # Of the last step: idle shares, and that in which the learner waited for a batch.
+        self._shares: dict[str, float] = {}
+        self._learner_waited = 1.0
         self._step: int | None = None
         pool = cluster.rollout
         take_turns = config.algorithm.max_staleness == 0
         autoscaler = Autoscaler(pool.min, pool.max, take_turns)
         self._autoscaler = autoscaler if cluster.autoscale else None
         self._crews: list[Crew] = []
+        # Only the reference is asked before the batch is whole. One on the host would travel for
+        # every part; adapters of several ranks are switched off together, for what all deal out.
+        engine, ranks = config.engine, cluster.learner.ranks
+        self._streams = config.algorithm.beta > 0 and not engine.offload_reference
+        self._streams &= engine.lora is None or ranks == 1
         self._owns_ray = False
         self._launcher: Launcher | None = None
         try:
@@ -121,7 +130,8 @@ class RayCluster:
         for crew, future in zip(self._crews, ready, strict=True):
             limit = f"four times cluster.timeout_s={self._timeout_s:g}"
             result_of(future, f"starting {crew.role} workers", 4 * self._timeout_s, limit)
-        self._idle = {role: Idle() for role in self._worked()}  # a start is no idling
+        self._idle = {role: Idle(worked_s) for role, (worked_s, _) in self._worked().items()}
+        self._waiting = Idle(self._gang.busy_s if self._gang is not None else 0.0)
         self._open_reporter(start)
 
     def _watch_catalogues(self) -> None:
@@ -176,7 +186,9 @@ class RayCluster:
     def _worked(self) -> dict[str, tuple[float, int]]:
         """Seconds that each role has worked, added up over its workers, and how many these are."""
         worked = {crew.role: (crew.worked_s, crew.size) for crew in self._crews}
-        return worked | ({"learner": (self._gang.busy_s, 1)} if self._gang is not None else {})
+        if self._gang is not None:
+            worked["learner"] = (self._gang.busy_s + self._gang.posted_s, 1)
+        return worked
 
     def _scale(self, sizes: dict[str, int]) -> str:
         """Grant an operator's wish. Raises UserError if the cluster cannot hold it."""
@@ -216,13 +228,15 @@ class RayCluster:
         self, problems: Sequence[Problem], seed: int, hear: Hear = nobody
     ) -> Future[Scored]:
         """See `rl.protocol.Cluster`. What is scored goes on to the learner, if it is not busy."""
-        # One on the host would have to travel to the device for every group.
-        prepares = self._config.algorithm.beta > 0 and not self._config.engine.offload_reference
+        several, scored = -(-len(problems) // POSTS), list[Group]()
 
-        def pass_on(event: Arrival, groups: Sequence[Group]) -> None:
+        def pass_on(event: Arrival, groups: Sequence[Group]) -> None:  # `scored` by one thread
             hear(event, groups)
-            if event == "scored" and prepares and self._gang is not None:
-                self._gang.post("prepare", groups)
+            if event == "scored" and self._gang is not None and self._streams:
+                scored.extend(groups)
+                if len(scored) >= several and not self._gang.busy:
+                    self._gang.post("prepare", ray.put(scored))
+                    scored.clear()
 
         return self._roll_out(problems, seed, self._config.rollout.group_size, None, pass_on)
 
@@ -255,6 +269,8 @@ class RayCluster:
         metrics: dict[str, float] = self._on_learners("update", ray.put(list(groups)), step)[0]
         self._updated = True
         self._step = step + 1
+        if self._gang is not None:  # what it does with single groups meanwhile is waiting too
+            self._learner_waited = self._waiting.step(self._gang.busy_s)
         self._shares = {role: self._idle[role].step(*w) for role, w in self._worked().items()}
         return metrics | {f"idle/{role}": share for role, share in self._shares.items()}
 
@@ -276,8 +292,8 @@ class RayCluster:
         self._pace.step()
         if self._autoscaler is None:
             return
-        size, idle = self._rollouts.size, self._shares
-        decision = self._autoscaler.after_step(size, idle["learner"], idle["rollout"])
+        size, rollout_idle = self._rollouts.size, self._shares["rollout"]
+        decision = self._autoscaler.after_step(size, self._learner_waited, rollout_idle)
         if decision is not None:
             self._rollouts.resize(decision.after)
             self._say(f"rollout workers {decision.before} -> {decision.after}: {decision.reason}")
@@ -321,6 +337,7 @@ class RayCluster:
         if self._catalogues is not None:
             self._catalogues.mend()
         self._updated = False
+        self._version += 1  # the lost one may have published what nobody heard of
         if self._gang is not None:
             self._gang.rebuild()
         if folder is not None:

@@ -150,12 +150,13 @@ class Pace:
 class Idle:
     """The share of a role's time without work, from how long it has worked since the start.
 
-    worked_s: seconds, added up over its workers. size: of these.
+    worked_s: seconds, added up over its workers; what it is at first is not looked at. size: of
+        these.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, worked_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._step = (clock(), 0.0)
+        self._step = (clock(), worked_s)
         self._seen: deque[tuple[float, float]] = deque([self._step], maxlen=SPAN)
 
     def step(self, worked_s: float, size: int = 1) -> float:

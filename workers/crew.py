@@ -5,6 +5,7 @@ thread, which takes what there is to do from a queue: answers, requests, and the
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -57,6 +58,7 @@ class Crew:
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._pool = Pool()
         self._slots: dict[str, Slot] = {}
+        self._lives = Counter[str]()  # of each name: one that has retired may not be gone yet
         self._ready: Future[None] = Future()
         self._error: Exception | None = None
         self._closed = False
@@ -200,13 +202,12 @@ class Crew:
         for _ in range(size - len(staying)):
             numbers = {int(name.rpartition("-")[2]) for name in self._slots}
             number = next(n for n in range(len(numbers) + 1) if n not in numbers)
-            self._begin(f"{self.role}-{number}", 0)
+            self._begin(f"{self.role}-{number}")
 
-    def _begin(self, name: str, incarnation: int) -> Slot:
-        vitals = Vitals(self._limits, self._clock())
-        slot = Slot(name, self._start(name, incarnation), vitals, incarnation)
-        self._slots[name] = slot
-        return slot
+    def _begin(self, name: str) -> None:
+        vitals, incarnation = Vitals(self._limits, self._clock()), self._lives[name]
+        self._lives[name] += 1
+        self._slots[name] = Slot(name, self._start(name, incarnation), vitals, incarnation)
 
     def _look_after(self, slot: Slot, now: float) -> None:
         if slot.gone:
@@ -281,12 +282,16 @@ class Crew:
         if error is None:
             counted = self._pool.finish(key, number, done.result())
             if slot.key == key and slot.piece_since is not None:
-                self._worked_s += self._clock() - slot.piece_since
-                slot.piece_since = None
+                self._end_piece(slot)
                 slot.completed += counted
                 slot.failures = 0
         elif slot.key == key and not slot.gone:
             self._failed(slot, error)
+
+    def _end_piece(self, slot: Slot) -> None:
+        if slot.piece_since is not None:
+            self._worked_s += self._clock() - slot.piece_since
+            slot.piece_since = None
 
     def _failed(self, slot: Slot, error: BaseException) -> None:
         """Bad input is nobody's death; before the first answer of all it ends the start."""
@@ -298,7 +303,7 @@ class Crew:
             if job is not None:
                 self._pool.fail(job, error)
             self._pool.lose(slot.key)
-            slot.piece_since = None
+            self._end_piece(slot)
         elif not self._ready.done():
             self._give_up(error)
         else:
@@ -310,7 +315,8 @@ class Crew:
         self._look_soon()
         number = self._pool.lose(slot.key)
         slot.worker.kill()
-        slot.gone, slot.piece_since = True, None
+        self._end_piece(slot)
+        slot.gone = True
         slot.failures += 1
         slot.restart_at = now + (0 if slot.failures == 1 else min(2.0 ** (slot.failures - 2), 30))
         again = "" if number is None else "; its work goes to another"
@@ -328,7 +334,8 @@ class Crew:
             self._give_up(self._watch.verdict(looping))
 
     def _replace(self, slot: Slot) -> None:
-        slot.incarnation += 1
+        slot.incarnation = self._lives[slot.name]
+        self._lives[slot.name] += 1
         slot.worker = self._start(slot.name, slot.incarnation)
         slot.vitals = Vitals(self._limits, self._clock())
         slot.gone, slot.facts, slot.asked_at, slot.beaten_at = False, None, None, 0.0
@@ -336,6 +343,7 @@ class Crew:
 
     def _let_go(self, slot: Slot) -> None:
         del self._slots[slot.name]
+        slot.gone = True  # whatever it still answers
         self._say(f"{slot.name} has retired")
         if not self._closes:
             slot.worker.kill()

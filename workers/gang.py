@@ -22,6 +22,8 @@ ROLE = "learner"
 class Gang:
     """`size` ranks that `start` begins to start; `rank-0`'s answer is the gang's.
 
+    busy: there is a call under way, or none yet to this life of the ranks.
+
     Args:
         start: starts every rank, given how often that was done before; returns at once.
         meet: makes the started ranks find each other and load the run's model.
@@ -45,11 +47,11 @@ class Gang:
         self._listened = clock()
         self._lives = 0
         self.completed = 0
-        self.busy_s = 0.0
+        self.busy_s = 0.0  # with calls
+        self.posted_s = 0.0  # with what was posted
         self._begin()
 
     def _begin(self) -> None:
-        self._called = True  # before the first call nothing can be posted
         self.ranks = list(self._start(self._lives))
         self._lives += 1
         now = self._clock()
@@ -57,7 +59,9 @@ class Gang:
         self._vitals = [Vitals(self._limits, now) for _ in self.ranks]
         self._beats: list[Future[Beat] | None] = [None] * len(self.ranks)
         self._asked = [0.0] * len(self.ranks)
-        self._posted: list[Future[float]] = []
+        with self._order:
+            self.busy = True  # before the first call nothing can be posted
+            self._posted: list[Future[float]] = []
 
     def meet(self) -> None:
         """Finish what the constructor began.
@@ -85,25 +89,24 @@ class Gang:
             InfrastructureError: that has become a loop.
         """
         with self._order:
-            self._called, posted, self._posted = True, self._posted, []
-        try:
-            self.busy_s += sum(self._wait("post", posted)) / len(self.ranks)
-            began = self._clock()
-            answers = self._wait(method, [rank.call(method, *args) for rank in self.ranks])
-            self.busy_s += self._clock() - began
-        finally:
-            self._called = False
+            self.busy, posted, self._posted = True, self._posted, []
+        self.posted_s += sum(self._wait("post", posted)) / len(self.ranks)
+        began = self._clock()
+        answers = self._wait(method, [rank.call(method, *args) for rank in self.ranks])
+        self.busy_s += self._clock() - began
         self.completed += 1
+        self.busy = False  # one that has failed stays busy: nothing is posted to the dead
         return answers
 
     def post(self, method: str, *args: Any) -> None:
-        """Something for every rank to do until it is called again; dropped if it is busy with that.
+        """Something for every rank to do until it is called again; dropped if it is `busy`.
 
         `method` returns its seconds. Who fails is found out by the next call. Any thread may.
         """
         with self._order:
-            if not self._called:
-                self._posted += [rank.call(method, *args) for rank in self.ranks]
+            if not self.busy:
+                for rank in self.ranks:
+                    self._posted.append(rank.call(method, *args))
 
     def ask(self, rank: int, method: str) -> Any:
         """One rank alone. See `call` for errors."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from common.errors import InfrastructureError
-from common.records import Group, Problem, Rollout
+from common.records import Completion, Group, Problem, Rollout
 from common.seeding import derive_seed
 from models.checkpoint import load_checkpoint
 from models.decoding import Decoder, DecodingConfig, Request
@@ -104,17 +104,8 @@ class RolloutWorker:
             for problem, prompt, row in zip(problems, prompts, seeds, strict=True)
             for index, one in enumerate(row)
         ]
-        with self._turn:  # no other thread may pull between the stamp and the last token
-            self._pull()
-            version = self._version
-            if version < at_least:
-                raise InfrastructureError(
-                    f"weights: version {at_least} was promised, the store's newest is {version}"
-                )
-            estimator = behaviour.estimator if behaviour is not None else None
-            done = iter(
-                self._decoder.decode(requests, decoding or self._decoding, estimator=estimator)
-            )
+        version, decoded = self._decode(requests, decoding, behaviour, at_least)
+        done = iter(decoded)
         groups = []
         for problem, prompt, row in zip(problems, prompts, seeds, strict=True):
             name = problem.problem_id
@@ -124,6 +115,25 @@ class RolloutWorker:
             )
             groups.append(Group(problem, tuple(rollouts)))
         return groups
+
+    def _decode(
+        self,
+        requests: Sequence[Request],
+        decoding: DecodingConfig | None,
+        behaviour: BehaviourScoring | None,
+        at_least: int,
+    ) -> tuple[int, Sequence[Completion]]:
+        """Completions and the version of the weights that decoded all of them."""
+        estimator = behaviour.estimator if behaviour is not None else None
+        with self._turn:  # no other thread may pull between the stamp and the last token
+            self._pull()
+            if self._version < at_least:
+                raise InfrastructureError(
+                    f"weights: version {at_least} was promised, the store's newest is "
+                    f"{self._version}"
+                )
+            decoding = decoding or self._decoding
+            return self._version, self._decoder.decode(requests, decoding, estimator=estimator)
 
     def receive(self, version: int) -> None:
         """Fetch `version`, which is just being published. `generate` makes up for a failure."""

@@ -48,6 +48,11 @@ def test_batches_of_other_problems_are_left_out(tmp_path: Path) -> None:
     assert list(read_batches(tmp_path, lambda step: problems(step if step == 3 else 99))) == [3]
 
 
+def test_a_part_of_todays_batch_is_left_out(tmp_path: Path) -> None:
+    write_batches(tmp_path, {3: scored(3)})
+    assert read_batches(tmp_path, lambda step: [*problems(step), Problem("3/2", "do")]) == {}
+
+
 @pytest.mark.parametrize("text", ["{", '{"3": {}}', '{"x": 1}', '{"3": {"groups": [[{}]]}}', "[]"])
 def test_damage_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / INFLIGHT_FILE).write_text(text)

@@ -97,6 +97,24 @@ def test_other_settings_and_problems_are_said(model: Path, checkpoint: Path) -> 
     ]
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "taken_up"),
+    [
+        ("optim", {"lr": 2e-3}, True),
+        ("algorithm", {"max_staleness": 3}, True),  # what is too old then is found by its version
+        ("algorithm", {"estimator": {"mode": "parity"}}, False),
+        ("algorithm", {"num_iterations": 4}, False),
+        ("rollout", {"group_size": 16}, False),
+    ],
+)
+def test_scored_batches_are_of_the_same_run_or_not(
+    model: Path, checkpoint: Path, section: str, values: dict[str, Any], taken_up: bool
+) -> None:
+    changed = json.loads(json.dumps(CONFIG))
+    changed.setdefault(section, {}).update(values)
+    assert Origin.of(changed, load_outline(model), PROBLEMS).takes_up(checkpoint) is taken_up
+
+
 @pytest.mark.parametrize("text", [None, "{", "{}", '{"folder": "x"}', "[]"])
 def test_no_or_damaged_origin(model: Path, checkpoint: Path, text: str | None) -> None:
     path = checkpoint / "origin.json"

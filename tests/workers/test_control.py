@@ -118,7 +118,7 @@ def test_pace() -> None:
 
 def test_idle_shares() -> None:
     now = [0.0]
-    idle = Idle(lambda: now[0])
+    idle = Idle(clock=lambda: now[0])
     assert idle.recent(0.0) == idle.step(0.0) == 1.0
     now[0] = 2.0
     assert idle.step(0.5) == 0.75
@@ -129,6 +129,10 @@ def test_idle_shares() -> None:
     now[0] = 5.0
     assert idle.step(9.0) == 0.0  # never below
     assert idle.step(8.0) == 1.0  # nor above
+    now[0] = 9.0
+    later = Idle(30.0, lambda: now[0])  # a start that took half a minute
+    now[0] = 10.0
+    assert later.step(30.5) == later.recent(30.5) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -388,6 +388,25 @@ def test_an_answer_costs_no_look_at_everybody(make: Make, monkeypatch: pytest.Mo
     assert len(looks) == 20
 
 
+def test_a_name_that_is_used_again_is_another_worker(make: Make) -> None:
+    """What has retired may still be about, and its last words must not count for its successor."""
+    stage = make()
+    stage.turns(3)
+    late: Future[Beat] = Future()
+    stage.worker("rollout-1").beat = lambda: late  # type: ignore[method-assign]
+    stage.turns(1, seconds=LIMITS.heartbeat_s)
+    stage.crew.resize(1)
+    stage.turns(2)
+    stage.crew.resize(2)
+    stage.turns(3)
+    names = [worker.name for worker in stage.started]
+    assert len(names) == len(set(names)) == 3
+    late.set_exception(WorkerFailed("rollout-1 was killed", died=True))
+    stage.turns(2)
+    assert stage.states() == {"rollout-0": "HEALTHY", "rollout-1": "HEALTHY"}
+    assert len(stage.started) == 3
+
+
 def test_seconds_of_work_are_added_up(make: Make) -> None:
     stage = make()
     stage.crew.submit([("generate", (0,)), ("generate", (1,))])
@@ -399,6 +418,9 @@ def test_seconds_of_work_are_added_up(make: Make) -> None:
     stage.turns(4, seconds=1.0)
     assert stage.crew.worked_s == pytest.approx(12.0)
     assert (stage.crew.status.waiting, stage.crew.status.under_way) == (0, 1)
+    stage.worker("rollout-1").die()
+    stage.turns(2)
+    assert stage.crew.worked_s >= 12.0  # also what was for nothing
 
 
 def test_states_in_time() -> None:
@@ -475,7 +497,7 @@ def test_what_is_posted_is_done_before_the_next_call_and_counts_as_work(gang_of:
         rank.answers = True
         future.set_result(1.5)
     gang.call("update")
-    assert gang.busy_s == 1.5  # the clock stood still
+    assert (gang.busy_s, gang.posted_s) == (0.0, 1.5)  # the clock stood still
     assert [[method for method, *_ in rank.calls] for rank in lives[0]] == [
         ["start", "prepare", "update"]
     ] * 2
