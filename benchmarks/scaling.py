@@ -12,8 +12,10 @@ cluster it would be elsewhere. Batches grow with the workers, two groups each.
 `actor call`: CPU of one, with and without our futures. `catalogue of N buckets`: CPU of telling one
 reader where N buckets lie (the shelf's, the publisher's, its own); the reference is one bucket.
 `driver`: CPU of the driver's whole process per rollout, all threads, Ray's too; the reference is
-the goal. `memory` (case "N steps"): RSS of the driver, mean of its last tenth of steps, and of the
-second tenth. Model passes, sandboxes and weights: rollout.py, sandbox.py, weights.py.
+the goal. `memory` (case "N steps"): of the driver, without the object store's pages; mean of its
+last tenth of steps, and of the second tenth.
+
+Not here: model passes, sandboxes, weights (rollout.py, sandbox.py, weights.py).
 """
 
 import argparse
@@ -98,13 +100,16 @@ class SleepingLauncher(Launcher):
 
 @dataclass
 class Mark:
-    """The driver at the end of a step. cpu_s: of its process so far. slept_s: for the step."""
+    """The driver at the end of a step. cpu_s: of its process so far. slept_s: for the step.
+
+    own: bytes of its memory without what is shared: pages of the object store are bounded by Ray.
+    """
 
     at: float
     cpu_s: float
     slept_s: float
     rollouts: float
-    rss: float
+    own: float
 
 
 @dataclass
@@ -119,8 +124,9 @@ class Stopwatch:
         self.sink.log(metrics, step=step, stage="rl")
         if "simulated/slept_s" in metrics:
             slept, count = metrics["simulated/slept_s"], metrics["completions/count"]
-            rss = self.process.memory_info().rss
-            self.marks.append(Mark(time.monotonic(), time.process_time(), slept, count, rss))
+            found = self.process.memory_info()
+            own = found.rss - found.shared
+            self.marks.append(Mark(time.monotonic(), time.process_time(), slept, count, own))
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr)
@@ -218,7 +224,7 @@ def memory(simulated: Simulated, options: argparse.Namespace) -> list[Row]:
     marks = run(options.long_workers, 2, options.long_steps, fast, options)
     tenth = max(1, len(marks) // 10)
     first, last = (
-        fmean(mark.rss for mark in part) / 2**20
+        fmean(mark.own for mark in part) / 2**20
         for part in (marks[tenth : 2 * tenth], marks[-tenth:])
     )
     case = f"{options.long_steps} steps"
