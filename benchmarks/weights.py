@@ -124,7 +124,7 @@ class Node:
             self._start(f"receiver-{i}", partial(Process, store, count, True))
             for i in range(receivers)
         ]
-        wait([actor.ask("ready") for actor in self._actors], TIMEOUT_S)
+        wait([actor.beat() for actor in self._actors], TIMEOUT_S)
 
     def _start(self, name: str, build: Callable[[], Any]) -> Actor:
         log = Path(self._logs.name) / f"{name}.log"

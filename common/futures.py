@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 from common.errors import InfrastructureError
@@ -80,24 +81,27 @@ def chained(future: Future[S], work: Callable[[S], Future[T]]) -> Future[T]:
 def gathered(futures: Sequence[Future[T]]) -> Future[list[T]]:
     """All results in their order; or, as soon as there is one, an exception."""
     out: Future[list[T]] = Future()
-    lock, left = threading.Lock(), len(futures)
+    lock, left, results = threading.Lock(), len(futures), dict[int, T]()
 
-    def note(done: Future[T]) -> None:
+    # It must not hold the futures, which hold it: such a ring keeps its results until Python looks.
+    def note(place: int, done: Future[T]) -> None:
         nonlocal left
         error = done.exception()
         with lock:
             if left == 0:  # an exception has settled it
                 return
+            if error is None:
+                results[place] = done.result()
             left = 0 if error is not None else left - 1
             if left:
                 return
         if error is not None:
             out.set_exception(error)
         else:
-            out.set_result([future.result() for future in futures])
+            out.set_result([results[place] for place in sorted(results)])
 
-    for future in futures:
-        future.add_done_callback(note)
+    for place, future in enumerate(futures):
+        future.add_done_callback(partial(note, place))
     if not futures:
         out.set_result([])
     return out

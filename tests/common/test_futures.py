@@ -1,5 +1,7 @@
 """Results, exceptions and waits that end."""
 
+import gc
+import weakref
 from concurrent.futures import Future
 
 import pytest
@@ -84,3 +86,28 @@ def test_gathered_fails_with_the_first_exception_and_hears_no_more() -> None:
     futures[1].set_exception(ValueError("second"))
     futures[3].set_result(3)
     assert str(everything.exception(0)) == "first"
+
+
+class Big:
+    """Something whose end can be seen."""
+
+
+def test_results_are_let_go_at_once() -> None:
+    """Not when Python next looks for rings of objects: a batch of rollouts is megabytes."""
+    gc.disable()
+    try:
+        first = Future[Big]()
+        everything = gathered([chained(then(first, lambda big: big), settled), Future[Big]()])
+        big = Big()
+        seen = weakref.ref(big)
+        first.set_result(big)
+        del first, everything, big
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def settled(value: Big) -> Future[Big]:
+    future: Future[Big] = Future()
+    future.set_result(value)
+    return future
