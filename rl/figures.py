@@ -165,7 +165,7 @@ def _idle(records: Records) -> FigureBlock:
         "Of each role's time in the step. What idles least sets the pace: more of "
         "it helps, more of the others does not. With max_staleness 0 the roles take turns.",
         curves(
-            [Line(role, series(records, "rl", f"idle/{role}")) for role in roles],
+            [Line(role, series(records, "rl", f"idle/{role}"), smooth=True) for role in roles],
             "Idle share per role and step",
             percent=True,
             floor=0,
