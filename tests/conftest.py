@@ -5,9 +5,16 @@ say what they need.
 import importlib.util
 import os
 import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # No limit per example: a machine that is busy is not a test that fails.
 hypothesis.settings.register_profile("unmask", deadline=None)
@@ -47,3 +54,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             reason = _missing(marker) if item.get_closest_marker(marker) else None
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def run_two_ranks() -> Callable[[str, Path], None]:
+    """`run_two_ranks(__file__, folder)`: that file as a script `RANK FOLDER`, as ranks 0 and 1.
+
+    They find each other, end well, and say nothing on stdout (nor does DeepSpeed).
+    """
+
+    def run(file: str, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, file, str(rank), str(folder)],
+                env=environment,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            outputs = [rank.communicate(timeout=250)[0] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert [rank.returncode for rank in ranks] == [0, 0]
+        assert outputs == ["", ""]
+
+    return run

@@ -7,9 +7,8 @@ import importlib
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -394,7 +393,9 @@ def alone(settings: dict[str, Any]) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_ranks(
+    tmp_path_factory: pytest.TempPathFactory, run_two_ranks: Callable[[str, Path], None]
+) -> Path:
     """A folder with what both ranks found at every ZeRO stage: one pair of processes for all."""
     folder = tmp_path_factory.mktemp("ranks")
     for case, settings in CASES.items():
@@ -402,28 +403,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(engine)
         save_engine(engine, folder / f"one-{case}")
         torch.save(train(engine, steps=2), folder / f"one-{case}.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=250)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    assert outputs == ["", ""]  # DeepSpeed says nothing on stdout
+    run_two_ranks(__file__, folder)
     return folder
 
 

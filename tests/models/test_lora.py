@@ -4,9 +4,8 @@ Run as a script it is one rank of the two-rank tests (see `two_ranks`).
 """
 
 import os
-import socket
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +318,9 @@ def test_the_exported_folder_is_stock(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_ranks(
+    tmp_path_factory: pytest.TempPathFactory, run_two_ranks: Callable[[str, Path], None]
+) -> Path:
     """A folder with what two ranks found at every ZeRO stage: one pair of processes for all."""
     folder = tmp_path_factory.mktemp("ranks")
     for stage in range(4):
@@ -327,22 +328,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(engine)
         save_engine(engine, folder / f"one-{stage}")
         torch.save(train(engine, steps=2), folder / f"one-{stage}.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)], env=environment, cwd=ROOT
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=250) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_two_ranks(__file__, folder)
     return folder
 
 

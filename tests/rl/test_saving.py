@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.errors import InfrastructureError
-from common.records import Problem, Scored
+from common.records import Completion, Group, Problem, Rollout, Score, Scored
 from rl.checkpoint import Checkpoints, RunState, read_state
 from rl.inflight import Flight, read_batches
 from rl.saving import Saver
@@ -36,19 +36,28 @@ def batch(step: int) -> list[Problem]:
     return [Problem(f"{step}/{i}", "do") for i in range(2)]
 
 
+def rollout(name: str) -> Rollout:
+    completion = Completion((4, 1), (), "x", "eos", (0, 1), (1.0, 1.0))
+    return Rollout(name, 0, (3,), completion, 5, 1, Score(0.5))
+
+
 def test_a_save_takes_what_is_scored_and_waits_for_nothing(tmp_path: Path) -> None:
     """A batch that is still being rolled out, or whose rollout failed, is rolled out anew."""
+    groups = [Group(problem, (rollout(problem.problem_id),)) for problem in batch(5)]
+    scored = Scored(groups, {"n": 1.0})
     failed: Future[Any] = Future()
     failed.set_exception(InfrastructureError("reward-0 died"))
     flights: list[Flight] = [
-        (batch(4), Future()), (batch(5), done(Scored([], {"n": 1.0}))), (batch(6), failed)
-    ]  # fmt: skip
+        (batch(4), Future()),
+        (batch(5), done(scored)),
+        (batch(6), failed),
+    ]
     notebook = Notebook()
     saver = Saver(Checkpoints(tmp_path), lambda folder: None, notebook)
     saver.save(RunState(4, 5, 7), flights)
     saver.finish()
     assert saver.newest == tmp_path / "rl" / "global_step_4"
-    assert read_batches(saver.newest, batch) == {5: Scored([], {"n": 1.0})}
+    assert read_batches(saver.newest, batch) == {5: scored}
     assert read_state(saver.newest, 7).pending == (("4/0", "4/1"), ("5/0", "5/1"), ("6/0", "6/1"))
     assert [step for step, _ in notebook.records] == [4, 4]
 

@@ -6,9 +6,8 @@ rank of the two-rank runs.
 
 import importlib.util
 import os
-import socket
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,24 +150,12 @@ def test_what_adapters_are_compared_with_never_moves() -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_ranks(
+    tmp_path_factory: pytest.TempPathFactory, run_two_ranks: Callable[[str, Path], None]
+) -> Path:
     """A folder with what both ranks found at every stage: one pair of processes for all."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=environment, cwd=ROOT)
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=250) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_two_ranks(__file__, folder)
     return folder
 
 

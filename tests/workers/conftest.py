@@ -1,6 +1,8 @@
 """A tiny checkpoint, a run's configuration, and one Ray for all tests of this folder."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,3 +121,21 @@ def ray_started() -> Iterator[None]:
     assert nodes.connect(None, logical_cpus=2, weight_bytes=0)
     yield
     placement.ray.shutdown()
+
+
+@pytest.fixture
+def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_script(text, *arguments)`: a Python program in a session of its own."""
+
+    def run(text: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", text, *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=250,
+            start_new_session=True,
+        )
+
+    return run

@@ -426,16 +426,7 @@ assert not alive, alive
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_cluster_of_its_own_is_silent_and_leaves_nothing(
-    ray_config: MakeConfig,
+    ray_config: MakeConfig, run_script: Callable[..., Any]
 ) -> None:
-    config = ray_config().model_dump_json()
-    found = subprocess.run(
-        [sys.executable, "-c", SCRIPT, config],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        start_new_session=True,
-    )
+    found = run_script(SCRIPT, ray_config().model_dump_json())
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")

@@ -4,7 +4,6 @@ import inspect
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +22,6 @@ from workers.fitting import Want
 from workers.health import WorkerFailed
 from workers.nodes import Reservation, check_fits, connect
 from workers.placement import Actor, Remote, find, launch, ray, wait
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Parrot:
@@ -310,14 +307,7 @@ print("placed")
 
 
 @pytest.mark.slow
-def test_gangs_on_two_nodes(tmp_path: Path) -> None:
+def test_gangs_on_two_nodes(run_script: Callable[..., Any], tmp_path: Path) -> None:
     """Packed on one, spread over both, bound to a label; each rank where its bundle is."""
-    found = subprocess.run(
-        [sys.executable, "-c", TWO_NODES, str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+    found = run_script(TWO_NODES, tmp_path)
     assert found.stdout.strip().endswith("placed"), found.stdout + found.stderr

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -288,13 +287,8 @@ print("one transfer")
 
 
 @pytest.mark.slow
-def test_two_readers_on_another_node_cost_one_transfer(tmp_path: Path) -> None:
-    found = subprocess.run(
-        [sys.executable, "-c", TWO_NODES, str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+def test_two_readers_on_another_node_cost_one_transfer(
+    run_script: Callable[..., Any], tmp_path: Path
+) -> None:
+    found = run_script(TWO_NODES, tmp_path)
     assert found.stdout.strip().endswith("one transfer"), found.stdout + found.stderr
