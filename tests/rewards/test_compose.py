@@ -154,7 +154,6 @@ def judged(verdicts, cpu_seconds, programs, **columns):
             for v, c, p in zip(verdicts, cpu_seconds, programs)]
 
 import threading
-import time
 meeting = threading.Barrier(2)
 
 def one(completions, **columns):
