@@ -135,12 +135,14 @@ class Monkey:
             if victims:
                 victim = self._random.choice(victims)
                 self._killed.add(victim)
-                self._note(what, victim)
+                if role == "driver":  # nothing can be noted afterwards
+                    self._note(what, victim)
                 try:
                     os.kill(victim, number)
-                    return
                 except ProcessLookupError:
                     continue
+                self._note(what, victim)
+                return
             time.sleep(0.02)
 
     def _victims(self, role: str) -> list[int]:
