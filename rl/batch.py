@@ -5,6 +5,7 @@ rank works out the same plan by itself and no rank needs to ask another.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
@@ -202,9 +203,9 @@ def settle_stale(
         recomputed = sum(len(group.rollouts) for group in fresh.groups)
         new = iter(fresh.groups)
         groups = [next(new) if old else g for g, old in zip(scored.groups, too_old, strict=True)]
-        names = scored.sums.keys() | fresh.sums.keys()
-        sums = {name: scored.sums.get(name, 0.0) + fresh.sums.get(name, 0.0) for name in names}
-        scored = Scored(groups, sums)
+        sums = Counter(scored.sums)
+        sums.update(fresh.sums)
+        scored = Scored(groups, dict(sums))
     kept, metrics = drop_stale(scored.groups, version, bound)
     return scored, kept, metrics | {"async/recomputed_stale": float(recomputed)}
 

@@ -137,10 +137,7 @@ class Reference:
     def _at_hand(self) -> AbstractContextManager[object]:
         if self._denoiser is None:
             return nullcontext()
-        home = next(self._denoiser.parameters()).device
-        if home == self._engine.device:
-            return nullcontext()
-        return visiting(self._denoiser, self._engine.device)
+        return visiting(self._denoiser, self._engine.device)  # one that is there stays as it is
 
     def _model(self) -> nn.Module:
         if self._denoiser is None:
