@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.errors import InfrastructureError, UserError
+from common.errors import InfrastructureError
 from common.futures import in_thread, result_of, then
 from common.records import Group, Problem, Scored
 from models.decoding import DecodingConfig
@@ -29,9 +29,10 @@ from workers.gang import Gang
 from workers.health import CrashWatch, Limits
 from workers.launcher import Launcher, wants
 from workers.learner import wire_dtype
-from workers.nodes import check_fits, connect
+from workers.nodes import alive, check_fits, connect
 from workers.operator import forget_place, write_place
 from workers.placement import Remote, ray
+from workers.sizes import Sizes
 from workers.slot import Worker
 from workers.weights import INITIAL_VERSION
 from workers.wire import version_bytes
@@ -62,7 +63,7 @@ class RayCluster:
         config: TrainConfig,
         with_learner: bool = True,
         say: Callable[[str], None] = lambda text: None,
-        launcher: Callable[[TrainConfig, str, bool], Launcher] = Launcher,
+        launcher: Callable[..., Launcher] = Launcher,
     ) -> None:
         self._config = config
         self._make_launcher = launcher
@@ -84,10 +85,6 @@ class RayCluster:
         self._shares: dict[str, float] = {}
         self._learner_waited = 1.0
         self._step: int | None = None
-        pool = cluster.rollout
-        take_turns = config.algorithm.max_staleness == 0
-        autoscaler = Autoscaler(pool.min, pool.max, take_turns)
-        self._autoscaler = autoscaler if cluster.autoscale else None
         self._crews: list[Crew] = []
         # Only the reference is asked before the batch is whole. One on the host would travel for
         # every part; adapters of several ranks are switched off together, for what all deal out.
@@ -109,7 +106,9 @@ class RayCluster:
         cpus = sum(want.count * want.each["CPU"] for want in wanted)
         self._owns_ray = connect(self._config.cluster.address, cpus, weight_bytes)
         check_fits(wanted)
-        start = self._launcher = self._make_launcher(self._config, self._name, self._owns_ray)
+        start = self._launcher = self._make_launcher(
+            self._config, self._name, self._owns_ray, self._make_room
+        )
         patience = self._limits.dead_after_s
         self._catalogues = Catalogues(
             start.catalogue, start.catalogues, self._watch, patience, self._say
@@ -122,6 +121,7 @@ class RayCluster:
         self._rewards = self._crew("reward", start.reward, pools.reward.min, closes=True)
         smallest = pools.rollout.piece, pools.reward.piece
         share = self._config.reward.max_failed_share
+        self._sizes = self._make_sizes()
         self._flow = Flow(self._rollouts, self._rewards, smallest, share)
         ready = [crew.open() for crew in self._crews]
         if self._gang is not None:
@@ -148,7 +148,7 @@ class RayCluster:
         self._reporter = Reporter(
             lambda number: Remote(start.actor(CONTROL, ControlDesk, incarnation=number, here=True)),
             self.status,
-            self._scale,
+            self._sizes.scale,
             self._say,
             limits.heartbeat_s,
             limits.dead_after_s,
@@ -159,6 +159,7 @@ class RayCluster:
     def status(self) -> dict[str, Any]:
         """The run as `unmask status` shows it."""
         self._watch_catalogues()
+        self._sizes.look()
         crews = {crew.role: crew.status for crew in self._crews}
         actors = [actor for status in crews.values() for actor in status.actors]
         if self._gang is not None:
@@ -190,21 +191,16 @@ class RayCluster:
             worked["learner"] = (self._gang.busy_s + self._gang.posted_s, 1)
         return worked
 
-    def _scale(self, sizes: dict[str, int]) -> str:
-        """Grant an operator's wish. Raises UserError if the cluster cannot hold it."""
-        crews = {crew.role: crew for crew in self._crews}
-        for role, size in sizes.items():
-            if role not in crews or size < 1:
-                raise UserError(
-                    f"scale: {role}={size}; give {' or '.join(sorted(crews))} and a number from 1"
-                )
-        counts = {role: crew.size for role, crew in crews.items()}
-        check_fits(wants(self._config, self._gang is not None, counts | sizes))
-        for role, size in sizes.items():
-            crews[role].resize(size)
-        done = ", ".join(f"{role} {counts[role]} -> {size}" for role, size in sizes.items())
-        self._say(f"scaled by an operator: {done}")
-        return done
+    def _make_sizes(self) -> Sizes:
+        pool, take_turns = self._config.cluster.rollout, self._config.algorithm.max_staleness == 0
+        autoscaler = Autoscaler(pool.min, pool.max, take_turns)
+        return Sizes(
+            self._crews,
+            partial(wants, self._config, self._gang is not None),
+            alive,
+            autoscaler if self._config.cluster.autoscale else None,
+            self._say,
+        )
 
     def _crew(
         self, role: str, start: Callable[[str, int], Remote], size: int, closes: bool = False
@@ -281,7 +277,8 @@ class RayCluster:
             # Nobody waits for them: one that is busy or dead pulls before it serves.
             self._rollouts.tell("receive", version)
         self._version = self._on_learners("publish", version)[0]
-        self._rollouts.hold(False)
+        for crew in self._crews:
+            crew.hold(False)
         if self._updated:
             self._finished_step()
         return self._version
@@ -290,13 +287,7 @@ class RayCluster:
         self._updated = False
         self._watch.progress()
         self._pace.step()
-        if self._autoscaler is None:
-            return
-        size, rollout_idle = self._rollouts.size, self._shares["rollout"]
-        decision = self._autoscaler.after_step(size, self._learner_waited, rollout_idle)
-        if decision is not None:
-            self._rollouts.resize(decision.after)
-            self._say(f"rollout workers {decision.before} -> {decision.after}: {decision.reason}")
+        self._sizes.after_step(self._learner_waited, self._shares["rollout"])
 
     def save(self, folder: Path) -> Future[Written]:
         """See `rl.protocol.Cluster`. With several nodes, to a file system that they share."""
@@ -330,10 +321,12 @@ class RayCluster:
 
     def recover(self, folder: Path | None) -> None:
         """See `rl.protocol.Cluster`."""
-        # The weights went with the process that had published them.
-        self._rollouts.hold(True)
+        # The weights went with the process that had published them; and whoever starts now takes
+        # the room that the learner needs.
         for crew in self._crews:
+            crew.hold(True)
             crew.drop(InfrastructureError("the work was dropped: its step is repeated"))
+        self._sizes.look()
         if self._catalogues is not None:
             self._catalogues.mend()
         self._updated = False
@@ -342,6 +335,12 @@ class RayCluster:
             self._gang.rebuild()
         if folder is not None:
             self.load(folder)
+
+    def _make_room(self) -> None:
+        if self._crews:
+            self._say("the other workers make room for the learner and start again after it")
+        for crew in self._crews:
+            crew.make_room()
 
     def export(self, folder: Path) -> None:
         """See `rl.protocol.Cluster`."""

@@ -16,9 +16,8 @@ from common.errors import InfrastructureError, UserError
 from common.futures import in_thread
 from workers.health import Beat, CrashWatch, Limits, State, Vitals, WorkerFailed
 from workers.pool import Pool
-from workers.slot import CrewStatus, Slot, Worker, describe_failure
+from workers.slot import CLOSE_TIMEOUT_S, CrewStatus, Slot, Worker, describe_failure
 
-CLOSE_TIMEOUT_S = 3.0
 # Looking after everybody costs as much as there are workers, so it is not done at every answer.
 LOOKS_PER_HEARTBEAT = 20
 Work = tuple[str, tuple[Any, ...]]  # method and arguments
@@ -94,6 +93,10 @@ class Crew:
         """While held, nobody is started and no work is handed out: there are no weights to pull."""
         self._held = held
         self._events.put(self._look_soon)
+
+    def make_room(self) -> None:
+        """End everybody: their work is taken up again, and they start anew once not held."""
+        self._events.put(self._make_room)
 
     def tell(self, method: str, *args: Any) -> None:
         """Call a method of everybody who is HEALTHY, for what it does; no answer is waited for."""
@@ -341,16 +344,19 @@ class Crew:
         slot.gone, slot.facts, slot.asked_at, slot.beaten_at = False, None, None, 0.0
         self._look_soon()  # and ask it whether it is there
 
+    def _make_room(self) -> None:
+        self._look_soon()
+        for slot in self._slots.values():
+            if not slot.gone:
+                self._pool.lose(slot.key)
+                self._end_piece(slot)
+                slot.restart_at = self._clock()
+                slot.dismiss(self._closes)
+
     def _let_go(self, slot: Slot) -> None:
         del self._slots[slot.name]
-        slot.gone = True  # whatever it still answers
         self._say(f"{slot.name} has retired")
-        if not self._closes:
-            slot.worker.kill()
-            return
-        # Its answer, or its silence, ends it.
-        closing, until = slot.worker.call("close"), CLOSE_TIMEOUT_S
-        in_thread(partial(_kill_after, closing, slot.worker, until), f"retire-{slot.name}")
+        slot.dismiss(self._closes)
 
     def _check_jobs(self, now: float) -> None:
         limit = 2 * self._limits.start_s
@@ -370,12 +376,3 @@ class Crew:
     def _fail_jobs(self, error: Exception) -> None:
         for job in self._pool.jobs():
             self._pool.fail(job, error)
-
-
-def _kill_after(closing: Future[Any], worker: Worker, timeout_s: float) -> None:
-    try:
-        closing.result(timeout_s)
-    except (TimeoutError, WorkerFailed, UserError):
-        pass
-    finally:
-        worker.kill()

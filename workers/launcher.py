@@ -27,12 +27,16 @@ class Launcher:
     Args:
         name: first part of every actor's name.
         local: this process started Ray itself.
+        make_room: asks the other roles to leave what the learner needs.
     """
 
-    def __init__(self, config: TrainConfig, name: str, local: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, name: str, local: bool, make_room: Callable[[], None]
+    ) -> None:
         self._config = config
         self.name = name
         self._local = local
+        self._make_room = make_room
         self._weights = self._store()
         self._room: Reservation | None = None
 
@@ -98,7 +102,8 @@ class Launcher:
             self._room.release()
         want = next(want for want in wants(self._config, True) if want.role == "learner")
         name = f"{self.name}-learner.{incarnation}"
-        self._room = Reservation(name, want, pool.placement, self._config.cluster.timeout_s)
+        timeout_s = self._config.cluster.timeout_s
+        self._room = Reservation(name, want, pool.placement, timeout_s, self._make_room)
         build = partial(LearnerWorker, LearnerPlan.of(self._config), self._weights)
         return [
             Remote(

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ SHM = Path("/dev/shm")
 MIB = 2**20
 MIN_OBJECT_STORE = 200 * MIB
 CONNECT_TIMEOUT_S = 10.0
+# Rollout workers of a dead node may still be on their way to the room that is left.
+MAKE_ROOM_AFTER_S = 5.0
 # Logical ones: on one machine workers share the cores anyway, and an operator may add some.
 LOCAL_CPUS = 64
 
@@ -156,14 +158,19 @@ def check_reachable(address: str, source: str) -> None:
 
 def check_fits(wants: Sequence[Want]) -> None:
     """UserError if the cluster can never hold these workers; says what is missing, per node."""
+    text = missing(alive(), wants)
+    if text is not None:
+        raise UserError(text)
+
+
+def alive() -> list[Node]:
+    """The nodes that Ray does not know to be dead, in a fixed order."""
     nodes = [
         Node(node["NodeManagerAddress"], node["Resources"], node.get("Labels") or {})
         for node in ray.nodes()
         if node["Alive"]
     ]
-    text = missing(nodes, wants)
-    if text is not None:
-        raise UserError(text)
+    return sorted(nodes, key=lambda node: (node.name, str(node.resources)))
 
 
 class Reservation:
@@ -173,20 +180,30 @@ class Reservation:
         name: of the placement group, for Ray's dashboard.
         want: one bundle for each worker.
         strategy: pack (few nodes), spread, strict_spread (a node each).
+        make_room: called once if there is none after a few seconds.
 
     Raises:
         InfrastructureError: others use the room, and did so for `timeout_s`.
     """
 
-    def __init__(self, name: str, want: Want, strategy: str, timeout_s: float) -> None:
-        # Ray wants something in every bundle.
-        bundle = {kind: amount for kind, amount in want.each.items() if amount} or {"CPU": 0.001}
+    def __init__(
+        self,
+        name: str,
+        want: Want,
+        strategy: str,
+        timeout_s: float,
+        make_room: Callable[[], None] = lambda: None,
+    ) -> None:
+        # Ray wants something in every bundle: a byte, for a full node has no bit of a CPU left.
+        bundle = {kind: amount for kind, amount in want.each.items() if amount} or {"memory": 1}
         self._group = placement_group(
             [bundle] * want.count,
             strategy=strategy.upper(),
             name=name,
             bundle_label_selector=[dict(want.labels)] * want.count if want.labels else None,
         )
+        if not self._group.wait(min(MAKE_ROOM_AFTER_S, timeout_s)):
+            make_room()
         if not self._group.wait(timeout_s):
             self.release()
             free = ray.available_resources()

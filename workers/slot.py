@@ -2,10 +2,15 @@
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from workers.health import Beat, Failure, State, Vitals
+from common.errors import UserError
+from common.futures import in_thread
+from workers.health import Beat, Failure, State, Vitals, WorkerFailed
+
+CLOSE_TIMEOUT_S = 3.0
 
 
 class Worker(Protocol):
@@ -44,6 +49,15 @@ class Slot:
     def state(self, now: float) -> State:
         """DEAD also while it waits for its successor."""
         return State.DEAD if self.gone else self.vitals.state(now)
+
+    def dismiss(self, closes: bool) -> None:
+        """End the worker, who has done nothing wrong; `closes` lets it close first. Waits not."""
+        self.gone = True  # whatever it still answers
+        if closes:
+            closing = self.worker.call("close")
+            in_thread(partial(_kill_after, closing, self.worker), f"dismiss-{self.name}")
+        else:
+            self.worker.kill()
 
     def describe(self, role: str, now: float) -> dict[str, Any]:
         """As `unmask status` shows it."""
@@ -93,3 +107,13 @@ def describe_failure(
         reason=str(error),
         details=getattr(error, "details", "") or str(error),
     )
+
+
+def _kill_after(closing: Future[Any], worker: Worker) -> None:
+    """Its answer, or its silence, ends it."""
+    try:
+        closing.result(CLOSE_TIMEOUT_S)
+    except (TimeoutError, WorkerFailed, UserError):
+        pass
+    finally:
+        worker.kill()

@@ -164,13 +164,17 @@ def test_a_run_outlives_the_death_of_everybody(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_a_run_outlives_a_node(tmp_path: Path) -> None:
-    """Three rollout workers of one CPU do not fit beside the rest on the first node."""
-    plan = [[2, "raylet", "SIGKILL"]]
+    """On the first node alone there is no room for three rollout workers and the learner.
+
+    Wherever the learner was, it has to start anew beside two of them.
+    """
+    plan = [[2, "raylet", "SIGKILL"], [3, "learner", "SIGKILL"]]
     more = {
         "cluster.rollout": {"min": 3, "max": 3, "num_cpus": 1.0},
         "cluster.reward": {"min": 1, "max": 1, "num_cpus": 0.0},
-        "cluster.learner": {"num_cpus": 0.0},
+        "cluster.learner": {"num_cpus": 1.0},
         "train.steps": 6,
     }
     drive(tmp_path, plan, two_nodes=True, **more)
     check(tmp_path, 6, plan)
+    assert "rollout workers 3 -> 2: no more fit" in (tmp_path / "said.txt").read_text()

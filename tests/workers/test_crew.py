@@ -348,6 +348,30 @@ def test_dropped_and_held_work(make: Make) -> None:
     assert new.result(0) == [("generate", "new")]
 
 
+def test_a_held_crew_makes_room_and_goes_on_with_the_same_work(make: Make) -> None:
+    stage = make(size=2)
+    done = stage.crew.submit([("generate", ("a",)), ("generate", ("b",))])
+    stage.turns()
+    first = list(stage.started)
+    stage.crew.hold(True)
+    stage.crew.make_room()
+    stage.turns(seconds=5.0)
+    assert [worker.killed for worker in first] == [True, True]
+    assert stage.started == first  # nobody starts while the room is needed
+    first[0].answer()  # too late: it was ended
+    stage.turns()
+    stage.crew.hold(False)
+    stage.turns()
+    assert [w.name for w in stage.started[2:]] == ["rollout-0.1", "rollout-1.1"]
+    assert not any(worker.killed for worker in stage.started[2:])
+    stage.turns()
+    stage.worker("rollout-0").answer()
+    stage.worker("rollout-1").answer()
+    stage.turns()
+    assert done.result(0) == [("generate", "a"), ("generate", "b")]
+    assert stage.watch.total == 0  # nobody failed
+
+
 def test_work_that_nobody_can_do_ends_with_who_is_there(make: Make) -> None:
     stage = make(size=1, limit=99)
     stage.turns()

@@ -245,6 +245,28 @@ def test_room_that_is_not_there_ends_the_wait_and_leaves_no_group(ray_started: N
     assert _groups("no-room") == {"REMOVED"}
 
 
+@pytest.mark.ray
+def test_a_full_cluster_has_room_for_who_needs_nothing(start: Callable[..., Actor]) -> None:
+    everything = start(num_cpus=ray.available_resources()["CPU"])
+    assert wait([everything.call("say")], 60) == ["hello"]
+    Reservation("nothing", Want("learner", 2, {"CPU": 0.0}), "pack", 20.0).release()
+    everything.kill()
+
+
+@pytest.mark.ray
+def test_others_are_asked_to_make_room(start: Callable[..., Actor]) -> None:
+    cpus = ray.cluster_resources()["CPU"]
+    other, asked = start(num_cpus=0.75 * cpus), []
+
+    def make_room() -> None:
+        asked.append(True)
+        other.kill()
+
+    assert wait([other.call("say")], 60) == ["hello"]
+    Reservation("half", Want("learner", 1, {"CPU": cpus / 2}), "pack", 60.0, make_room).release()
+    assert asked == [True]
+
+
 def _groups(name: str) -> set[str]:
     table = ray.util.placement_group_table().values()
     return {group["state"] for group in table if group["name"] == name}
