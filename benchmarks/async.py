@@ -83,7 +83,7 @@ class SleepingCluster(LocalCluster):
         time.sleep(UPDATE)
         return {}
 
-    def sync_weights(self) -> int:
+    def sync_weights(self, step: int) -> int:
         """Another version of the same weights."""
         time.sleep(SYNC)
         self._version += 1

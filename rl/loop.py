@@ -90,7 +90,7 @@ class Loop:
             scored = read_batches(checkpoint, self.batch) if self.plan.take_up else {}
             self.cluster.load(checkpoint, self.state.policy_version)
         self.life = self.ledger.begin(step, cause)
-        self.state = replace(self.state, policy_version=self.cluster.sync_weights())
+        self.state = replace(self.state, policy_version=self.cluster.sync_weights(step))
         self.in_flight.extend(taken_up(scored, self.batch, range(step, self.plan.steps)))
         for number, (problems, future) in enumerate(self.in_flight, start=step):
             self.life.taken_up(number, problems, future.result().groups)
@@ -122,7 +122,8 @@ class Loop:
             self.updating = True
             metrics = rollout_metrics(new.groups) | ages | self.cluster.update(fresh, step)
             clock.append(time.monotonic())
-            self.state = RunState(step + 1, self.cluster.sync_weights(), self.plan.run_seed)
+            version = self.cluster.sync_weights(step + 1)
+            self.state = RunState(step + 1, version, self.plan.run_seed)
             clock.append(time.monotonic())
             self.in_flight.popleft()
             self.updating = False

@@ -49,7 +49,7 @@ class RayCluster:
 
     Args:
         config: the run. Logs go to `<run>/logs/<role>-<i>.log`.
-        with_learner: False starts no learner; only `roll_out`, `score` and `evaluate` work.
+        with_learner: False starts no learner; only `roll_out` and `evaluate` work.
         say: hears who died and what is done about it, one line each.
         launcher: makes the workers; `benchmarks/scaling.py` has some that only sleep.
 
@@ -236,10 +236,6 @@ class RayCluster:
 
         return self._roll_out(problems, seed, self._config.rollout.group_size, None, pass_on)
 
-    def score(self, groups: Sequence[Group]) -> Future[Scored]:
-        """Groups that are there already; the reward workers' part of `roll_out`."""
-        return self._flow.score(groups)
-
     def evaluate(
         self, problems: Sequence[Problem], decoding: DecodingConfig, group_size: int, seed: int
     ) -> Future[list[Group]]:
@@ -264,19 +260,19 @@ class RayCluster:
         """See `rl.protocol.Cluster`."""
         metrics: dict[str, float] = self._on_learners("update", ray.put(list(groups)), step)[0]
         self._updated = True
-        self._step = step + 1
         if self._gang is not None:  # what it does with single groups meanwhile is waiting too
             self._learner_waited = self._waiting.step(self._gang.busy_s)
         self._shares = {role: self._idle[role].step(*w) for role, w in self._worked().items()}
         return metrics | {f"idle/{role}": share for role, share in self._shares.items()}
 
-    def sync_weights(self) -> int:
+    def sync_weights(self, step: int) -> int:
         """See `rl.protocol.Cluster`."""
         version = self._version + 1
         if self._config.cluster.weights == "broadcast":
             # Nobody waits for them: one that is busy or dead pulls before it serves.
             self._rollouts.tell("receive", version)
         self._version = self._on_learners("publish", version)[0]
+        self._step = step
         for crew in self._crews:
             crew.hold(False)
         if self._updated:

@@ -48,10 +48,6 @@ class Flow:
         pieces = cut(problems, self._rollouts.size, self._smallest[0])
         return self._joined([self._piece(piece, rest, hear) for piece in pieces])
 
-    def score(self, groups: Sequence[Group]) -> Future[Scored]:
-        """Groups that are there already."""
-        return self._joined(self._scored(groups, nobody))
-
     def _piece(self, piece: list[Problem], rest: tuple[Any, ...], hear: Hear) -> Future[Scored]:
         def score(groups: list[Group]) -> Future[Scored]:
             hear("generated", groups)

@@ -95,7 +95,7 @@ class LocalCluster:
         """See `rl.protocol.Cluster`."""
         return self._learner.update(groups, step)
 
-    def sync_weights(self) -> int:
+    def sync_weights(self, step: int) -> int:
         """See `rl.protocol.Cluster`."""
         self._version = self._learner.publish(self._version + 1)
         return self._version

@@ -82,9 +82,9 @@ class FakeCluster:
         self.weights += 1
         return {"policy/loss": 0.1, "trained": float(sum(len(g.rollouts) for g in groups))}
 
-    def sync_weights(self) -> int:
+    def sync_weights(self, step: int) -> int:
         self.version += 1
-        self.say("sync")
+        self.say(f"sync {step}")
         return self.version
 
     def evaluate(
@@ -178,9 +178,9 @@ def test_synchronous_order_of_calls(tmp_path: Path) -> None:
     loop, monitor = make_loop(tmp_path, cluster, steps=3, eval_every=2, save_every=2)
     state = loop.run()
     assert cluster.calls == [
-        *["sync", "roll out 0", "update 0", "sync"],
-        *["roll out 1", "update 1", "sync", "evaluate", "save"],
-        *["roll out 2", "update 2", "sync", "evaluate", "save"],
+        *["sync 0", "roll out 0", "update 0", "sync 1"],
+        *["roll out 1", "update 1", "sync 2", "evaluate", "save"],
+        *["roll out 2", "update 2", "sync 3", "evaluate", "save"],
         "finish 3",
     ]
     assert (state.step, state.policy_version) == (3, 4)
@@ -200,7 +200,7 @@ def test_evaluation_before_the_first_step(tmp_path: Path) -> None:
     cluster = FakeCluster()
     loop, monitor = make_loop(tmp_path, cluster, steps=1, eval_at_start=True)
     loop.run()
-    assert cluster.calls[:2] == ["sync", "evaluate"]
+    assert cluster.calls[:2] == ["sync 0", "evaluate"]
     assert monitor.records[0][0] == 0
 
 
@@ -242,7 +242,7 @@ def test_too_old_samples_can_be_rolled_out_again_with_their_seeds(tmp_path: Path
     cluster = Slow()
     loop, monitor = make_loop(tmp_path, cluster, steps=1, max_staleness=1, stale="recompute")
     loop.run()
-    assert cluster.calls[:5] == ["sync", "roll out 0", "roll out 0", "update 0", "sync"]
+    assert cluster.calls[:5] == ["sync 0", "roll out 0", "roll out 0", "update 0", "sync 1"]
     assert cluster.seeds == {derive_seed(7, "rollout", 0): "0"}
     metrics = monitor.records[0][1]
     assert metrics["trained"] == metrics["async/recomputed_stale"] == 4.0
@@ -260,7 +260,7 @@ def test_resume_goes_on_where_the_checkpoint_stopped(tmp_path: Path) -> None:
     again = FakeCluster()
     loop, monitor = make_loop(tmp_path, again, checkpoint=saved, steps=4)
     loop.run()
-    assert again.calls[:2] == ["load", "sync"]
+    assert again.calls[:2] == ["load", "sync 2"]
     assert again.weights == 4
     assert [c for c in again.calls if c.startswith("roll out")] == ["roll out 2", "roll out 3"]
     assert [step for step, _ in monitor.records] == [3, 4]

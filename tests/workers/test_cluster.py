@@ -22,6 +22,7 @@ from models.decoding import DecodingConfig
 from rl.config import TrainConfig
 from workers.cluster import RayCluster
 from workers.local import LocalCluster
+from workers.pool import cut
 from workers.reward import RewardWorker, join
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +64,7 @@ def a_run(cluster: Any, problems: list[Problem], folder: Path) -> dict[str, Any]
     """Two steps of RL, an evaluation, an export: all that a cluster can do."""
     versions, rollouts, metrics = [], [], []
     for step in range(2):
-        versions.append(cluster.sync_weights())
+        versions.append(cluster.sync_weights(step))
         groups = cluster.roll_out(problems, seed=step).result(250).groups
         rollouts.append(groups)
         values = cluster.update(groups, step)
@@ -71,7 +72,7 @@ def a_run(cluster: Any, problems: list[Problem], folder: Path) -> dict[str, Any]
         assert all(0 <= share <= 1 for share in idle.values())
         assert idle.keys() in ({f"idle/{r}" for r in ("rollout", "reward", "learner")}, set())
         metrics.append({name: v for name, v in values.items() if name not in idle})
-    versions.append(cluster.sync_weights())
+    versions.append(cluster.sync_weights(2))
     evaluated = cluster.evaluate(problems, GREEDY, 1, seed=7).result(250)
     cluster.export(folder / "hf")
     return {
@@ -164,12 +165,12 @@ def test_broadcast_equals_pulling_and_survives_a_death(
     assert len(first.members) == 2 and first == roster("plan", 2)  # one group for all versions
     killed = cluster.pids["rollout-0"]
     os.kill(killed, signal.SIGKILL)
-    assert cluster.sync_weights() == 4
+    assert cluster.sync_weights(3) == 4
     groups = cluster.roll_out(problems, seed=1).result(250).groups
     assert {r.policy_version for group in groups for r in group.rollouts} == {4}
     # The one that took its place is a member like any other.
     in_state(cluster, "rollout-0", "HEALTHY", not_pid=killed)
-    assert cluster.sync_weights() == 5
+    assert cluster.sync_weights(4) == 5
     assert len(roster("plan", 5).members) == 2
     assert roster("plan", 5).generation > first.generation
 
@@ -232,7 +233,8 @@ def test_two_reward_workers_count_and_score_as_one(
     cluster = open_cluster(
         config.model_copy(update={"cluster": cluster_config}), with_learner=False
     )
-    found = cluster.score(programs()).result(250)
+    pieces = [("score", (piece,)) for piece in cut(programs(), 2, 1)]
+    found = join(cluster._rewards.submit(pieces).result(250))
     assert found.groups == expected.groups
     assert counts(found) == counts(expected)
     assert found.sums.keys() == expected.sums.keys()
@@ -274,7 +276,7 @@ def test_killed_and_stopped_workers_cost_nothing_but_time(
     said: list[str] = []
     cluster = open_cluster(ray_config(rollouts=2, **FAST), say=said.append)
     cluster.update(scored_groups, 0)
-    version = cluster.sync_weights()
+    version = cluster.sync_weights(1)
     before = cluster.roll_out(problems, seed=1).result(250).groups
     assert {r.policy_version for group in before for r in group.rollouts} == {version}
     # Killed: noticed at once. Stopped: after its deadline; nobody sends it a signal to go on.
@@ -287,9 +289,8 @@ def test_killed_and_stopped_workers_cost_nothing_but_time(
         assert cluster.pids[name] != pid
         gone_processes([pid])
     # And the reward worker likewise, although there is only one.
-    scored = cluster.score(before).result(250)
     os.kill(cluster.pids["reward-0"], signal.SIGKILL)
-    assert cluster.score(before).result(250).groups == scored.groups
+    assert cluster.roll_out(problems, seed=1).result(250).groups == before
     assert any(text.startswith("rollout-0 failed in") for text in said)
     assert any(text.startswith("rollout-1 did not answer within 8 s") for text in said)
 
@@ -307,7 +308,7 @@ def test_a_lost_learner_starts_anew_from_its_checkpoint(
     cluster = open_cluster(ray_config(ranks=2, **FAST))
     cluster.update(scored_groups, 0)
     cluster.save(tmp_path / "saved")
-    cluster.sync_weights()
+    cluster.sync_weights(1)
     expected = cluster.roll_out(problems, seed=1).result(250).groups
     cluster.update(scored_groups, 1)
     pids = [cluster.pids["learner-0"], cluster.pids["learner-1"]]
@@ -318,7 +319,8 @@ def test_a_lost_learner_starts_anew_from_its_checkpoint(
     cluster.recover(tmp_path / "saved")
     with pytest.raises(InfrastructureError, match="dropped"):
         under_way.result(250)
-    version = cluster.sync_weights()
+    version = cluster.sync_weights(1)
+    assert cluster.status()["step"] == 1
     again = cluster.roll_out(problems, seed=1).result(250).groups
     assert _texts(again) == _texts(expected)
     assert {r.policy_version for group in again for r in group.rollouts} == {version}
@@ -346,14 +348,17 @@ def deadly(prompts, completions, **columns):
 
 @pytest.mark.ray
 def test_a_worker_that_always_dies_ends_the_run_with_its_own_words(
-    ray_config: MakeConfig, open_cluster: Callable[..., RayCluster], tmp_path: Path
+    ray_config: MakeConfig,
+    open_cluster: Callable[..., RayCluster],
+    problems: list[Problem],
+    tmp_path: Path,
 ) -> None:
     reward = tmp_path / "deadly.py"
     reward.write_text(DEADLY)
     section = {"functions": [{"path": f"{reward}:deadly", "weight": 1.0}]}
     cluster = open_cluster(ray_config(reward=section, **FAST), with_learner=False)
     with pytest.raises(InfrastructureError) as caught:
-        cluster.score(programs()[:1]).result(250)
+        cluster.roll_out(problems[:1], seed=1).result(250)
     lines = str(caught.value).splitlines()
     assert "failed 2 times without a finished step between" in lines[0]
     assert "about to die of a bug" in lines

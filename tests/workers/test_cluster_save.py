@@ -51,7 +51,7 @@ def test_another_number_of_ranks_goes_on(
     assert all(record_of(Path(path)) == record for path, record in written.items())
     resumed = open_ranks(after, zero_stage=stage)
     resumed.load(tmp_path / "step", version=7)
-    assert resumed.sync_weights() == 7
+    assert resumed.sync_weights(6) == 7
     found = [resumed.update(scored_groups, step) for step in (1, 2)]
     for ours, theirs in zip(found, expected, strict=True):
         assert untimed(ours) == pytest.approx(untimed(theirs), rel=1e-3, abs=1e-5)

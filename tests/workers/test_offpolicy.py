@@ -86,9 +86,9 @@ def test_worker_and_learner_agree_under_equal_weights_and_masks(
 ) -> None:
     cluster = open_local(model_folder, max_staleness=1, beta=0.0, estimator=estimator)
     # Not the weights of the folder: the ones that a step has made, through the store.
-    cluster.sync_weights()
+    cluster.sync_weights(0)
     cluster.update(rolled(cluster, problems, seed=1), 0)
-    cluster.sync_weights()
+    cluster.sync_weights(1)
     learner_logps.clear()
     groups = rolled(cluster, problems, seed=2)
     # Used at another step than the one they were asked for: the masks stay the same.
@@ -107,17 +107,17 @@ def test_two_batches_ahead_are_weighed(
 ) -> None:
     """The order of a run at staleness 1: the second batch is older than the learner."""
     cluster = open_local(model_folder, max_staleness=1)
-    cluster.sync_weights()
+    cluster.sync_weights(0)
     first, second = rolled(cluster, problems, seed=1), rolled(cluster, problems, seed=2)
     fresh = cluster.update(first, 0)
     assert (fresh["async/older_share"], fresh["async/importance_mean"]) == (0.0, 1.0)
-    cluster.sync_weights()
+    cluster.sync_weights(1)
     older = cluster.update(second, 1)
     assert older["async/older_share"] == 1.0
     assert older["async/importance_max"] > 1.01
     assert older["async/importance_mean"] != 1.0
     # The next batch comes from the weights that the learner has now.
-    cluster.sync_weights()
+    cluster.sync_weights(2)
     assert cluster.update(rolled(cluster, problems, seed=3), 2)["async/older_share"] == 0.0
 
 
@@ -129,7 +129,7 @@ def test_equal_weights_of_an_older_version_train_alike(
     for name, staleness in (("synchronous", 0), ("older", 1)):
         cluster = open_local(model_folder, max_staleness=staleness, num_iterations=1)
         groups = rolled(cluster, problems, seed=1)
-        cluster.sync_weights()  # another version of the same weights
+        cluster.sync_weights(0)  # another version of the same weights
         metrics.append(cluster.update(groups, 0))
         cluster.export(tmp_path / name)
         weights.append(load_file(tmp_path / name / "model.safetensors"))
