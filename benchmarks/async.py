@@ -10,9 +10,6 @@ demo: `unmask train` on the demo's SFT model (--model), equal steps and so equal
 """
 
 import argparse
-import json
-import os
-import platform
 import random
 import statistics
 import subprocess
@@ -28,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder
 
-from benchmarks.lib.record import commit, record  # noqa: E402
+from benchmarks.lib.record import Row, better, report  # noqa: E402
 from common.futures import in_thread  # noqa: E402
 from common.metrics import read_metrics  # noqa: E402
 from common.progress import SilentProgress  # noqa: E402
@@ -38,7 +35,6 @@ from rl.protocol import Hear, nobody  # noqa: E402
 from rl.train import prepare  # noqa: E402
 from workers.local import LocalCluster  # noqa: E402
 
-Row = dict[str, Any]
 VARIANTS: dict[str, tuple[int, list[str]]] = {
     "staleness_1": (1, []),
     "staleness_2": (2, []),
@@ -155,8 +151,8 @@ def simulated(options: argparse.Namespace) -> list[Row]:
     rows = []
     for staleness in (1, 2):
         case = f"simulated_{staleness}"
-        rows.append(row(case, "step_time", "s", seconds[staleness], seconds[0], lower=True))
-        rows.append(row(case, "over_bound", "s", seconds[staleness], bound, lower=True))
+        rows.append(better(case, "step_time", "s", seconds[staleness], seconds[0], lower=True))
+        rows.append(better(case, "over_bound", "s", seconds[staleness], bound, lower=True))
     return rows
 
 
@@ -194,20 +190,9 @@ def demo(options: argparse.Namespace) -> list[Row]:
             records = train(options, staleness, seed, *more)
             case = f"demo_{name}_seed{seed}"
             spans = step_seconds(records), step_seconds(base)
-            rows.append(row(case, "step_time", "s", *spans, lower=True))
-            rows.append(row(case, "pass@1", "%", pass_at_1(records), pass_at_1(base)))
+            rows.append(better(case, "step_time", "s", *spans, lower=True))
+            rows.append(better(case, "pass@1", "%", pass_at_1(records), pass_at_1(base)))
     return rows
-
-
-def row(
-    case: str, metric: str, unit: str, ours: float, reference: float, lower: bool = False
-) -> Row:
-    """One of DESIGN's rows; `lower`: less is better."""
-    above, below = (reference, ours) if lower else (ours, reference)
-    ratio = above / below if below else float("nan")
-    values = {"ours": ours, "reference": reference, "ratio": ratio}
-    rounded = {name: float(f"{value:.4g}") for name, value in values.items()}
-    return {"case": case, "metric": metric, "unit": unit, **rounded}
 
 
 CASES = {"simulated": simulated, "demo": demo}
@@ -242,17 +227,7 @@ def main() -> None:
     """Print a table, or with --json one object."""
     options = parse()
     rows = [line for case in options.cases.split(",") for line in CASES[case](options)]
-    machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-    if options.json:
-        print(json.dumps(record("async", machine, rows)))
-        return
-    print(f"async on {machine}, commit {commit()}, {options.steps} steps")
-    print(f"{'case':28}{'metric':14}{'unit':6}{'ours':>10}{'reference':>12}{'ratio':>9}")
-    for r in rows:
-        print(
-            f"{r['case']:28}{r['metric']:14}{r['unit']:6}"
-            f"{r['ours']:>10}{r['reference']:>12}{r['ratio']:>9}"
-        )
+    report("async", rows, options.json, note=f"{options.steps} steps")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,6 @@ Not a test of exactness (tests/rl/test_resume.py).
 """
 
 import argparse
-import json
-import os
-import platform
 import shutil
 import statistics
 import sys
@@ -25,7 +22,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder
 
-from benchmarks.lib.record import record  # noqa: E402
+from benchmarks.lib.record import Row, better, report  # noqa: E402
 from common.integrity import find_damage, flush  # noqa: E402
 from diffusion.layout import TokenRows  # noqa: E402
 from models.engine import Engine, EngineConfig, OptimConfig, make_engine  # noqa: E402
@@ -104,21 +101,14 @@ def measure(engine: Engine, folder: Path, mib: int) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def rows_of(mib: int, folder: Path) -> list[dict[str, Any]]:
+def rows_of(mib: int, folder: Path) -> list[Row]:
     """One row per engine and time."""
     rows = []
     for case, config in ENGINES.items():
         times = measure(trained(config, mib), folder / "run", mib)
         reference = times.pop("plain")
         rows += [
-            {
-                "case": case,
-                "metric": name,
-                "unit": "s",
-                "ours": round(seconds, 3),
-                "reference": round(reference, 3),
-                "ratio": round(reference / seconds, 2),
-            }
+            better(case, name, "s", seconds, reference, lower=True)
             for name, seconds in times.items()
         ]
     return rows
@@ -133,19 +123,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         rows = rows_of(options.mib, Path(folder))
-    if options.json:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        print(json.dumps(record("checkpoint", machine, rows)))
-        return
-    print(
-        f"state of 3 x {options.mib} MiB; reference: torch.save and fsync, which training waits for"
-    )
-    print(f"{'case':<8}{'metric':<9}{'ours':>8}{'reference':>11}{'ratio':>7}")
-    for row in rows:
-        print(
-            f"{row['case']:<8}{row['metric']:<9}{row['ours']:>8.3f}{row['reference']:>11.3f}"
-            f"{row['ratio']:>7.2f}"
-        )
+    note = f"state of 3 x {options.mib} MiB; the reference is torch.save and fsync"
+    report("checkpoint", rows, options.json, note=note)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ back at once, so that the peak is what is in use and not what the heap has kept.
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.lib.record import commit, record  # noqa: E402
+from benchmarks.lib.record import Row, better, report  # noqa: E402
 from diffusion.layout import Sequence, TokenRows  # noqa: E402
 from diffusion.likelihood import estimate_logps  # noqa: E402
 from diffusion.masking import coupled_masks, generator  # noqa: E402
@@ -158,7 +157,7 @@ def in_child(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(options: argparse.Namespace) -> list[dict[str, object]]:
+def table(options: argparse.Namespace) -> list[Row]:
     """DESIGN's rows; `ratio` above 1 means that ours is better."""
     mine, theirs = measure("ours", options), measure("reference", options)
     if abs(mine["sum"] / theirs["sum"] - 1) > 1e-4:
@@ -169,12 +168,9 @@ def table(options: argparse.Namespace) -> list[dict[str, object]]:
         ("coupled_memory", "peak_above_model", "MiB", "mib"),
         ("coupled_memory", "less_gradients", "MiB", "net"),
     ):
-        ratio = round(theirs[key] / mine[key], 2)
-        numbers = {"ours": round(mine[key], 3), "reference": round(theirs[key], 3), "ratio": ratio}
-        rows.append({"case": case, "metric": metric, "unit": unit, **numbers})
+        rows.append(better(case, metric, unit, mine[key], theirs[key], lower=True))
     share = 100 * mine["outside"]
-    numbers = {"ours": round(share, 3), "reference": 3.0, "ratio": round(3.0 / share, 2)}
-    rows.append({"case": "estimator_overhead", "metric": "share", "unit": "%", **numbers})
+    rows.append(better("estimator_overhead", "share", "%", share, 3.0, lower=True))
     return rows
 
 
@@ -191,18 +187,8 @@ def main() -> None:
         child(options.child[0], *(int(n) for n in options.child[1:]))
         return
     rows = table(options)
-    cores = len(os.sched_getaffinity(0))
-    machine = f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads"
-    if options.json:
-        print(json.dumps(record("likelihood", machine, rows)))
-        return
-    print(f"likelihood on {machine}, commit {commit()}, V = {VOCABULARY}")
-    print(f"{'case':22}{'metric':20}{'unit':6}{'ours':>12}{'reference':>12}{'ratio':>9}")
-    for r in rows:
-        print(
-            f"{r['case']:22}{r['metric']:20}{r['unit']:6}"
-            f"{r['ours']:>12}{r['reference']:>12}{r['ratio']:>9}"
-        )
+    threads = f"{torch.get_num_threads()} threads"
+    report("likelihood", rows, options.json, machine=threads, note=f"V = {VOCABULARY}")
 
 
 if __name__ == "__main__":

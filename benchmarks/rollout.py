@@ -10,9 +10,6 @@ for `threshold` (the demo's model) and `caches` (configs/pretrain/bidirectional_
 """
 
 import argparse
-import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +24,7 @@ import matplotlib  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from benchmarks.lib.record import commit, record  # noqa: E402
+from benchmarks.lib.record import Row, better, report, row  # noqa: E402
 from common.records import Group, Rollout  # noqa: E402
 from models.checkpoint import load_checkpoint, new_model  # noqa: E402
 from models.decoding import Decoder  # noqa: E402
@@ -40,7 +37,6 @@ from rl.config import load_train_config  # noqa: E402
 from rl.data import load_problems  # noqa: E402
 from rl.estimates import difference, pass_at_1, pass_rates  # noqa: E402
 
-Row = dict[str, Any]
 PAD, EOS, MASK = 0, 1, 2
 PUBLIC_VOCABULARY = 151_936
 
@@ -102,12 +98,6 @@ def timed(work: Callable[[], Any], rounds: int = 1) -> tuple[float, Any]:
     return best, result
 
 
-def row(case: str, metric: str, unit: str, ours: float, reference: float, ratio: float) -> Row:
-    values = {"ours": ours, "reference": reference, "ratio": ratio}
-    rounded = {name: float(f"{value:.4g}") for name, value in values.items()}
-    return {"case": case, "metric": metric, "unit": unit, **rounded}
-
-
 def random_model(attention: str, vocabulary: int, hidden: int = 64, layers: int = 2) -> Denoiser:
     """Random weights: large ones, so that logits lie apart."""
     architecture = {
@@ -147,9 +137,9 @@ def block_exact(options: argparse.Namespace) -> list[Row]:
     count = len(prompts)
     tokens = sum(len(completion.token_ids) for completion in found)
     return [
-        row("block_exact", "completions", "1/s", count / seconds, count / slow, slow / seconds),
-        row("block_exact", "tokens", "1/s", tokens / seconds, tokens / slow, slow / seconds),
-        row("block_exact", "same_tokens", "completions", same, count, same / count),
+        better("block_exact", "completions", "1/s", count / seconds, count / slow),
+        better("block_exact", "tokens", "1/s", tokens / seconds, tokens / slow),
+        better("block_exact", "same_tokens", "completions", same, count),
     ]
 
 
@@ -165,14 +155,14 @@ def bidirectional(options: argparse.Namespace) -> list[Row]:
     seconds, found = timed(lambda: decoder.decode(requests, exact))
     same = float(list(found[0].token_ids) == until_eos(theirs[0]))
     table = [
-        row("bidirectional_exact", "time", "s", seconds, slow, slow / seconds),
-        row("bidirectional_exact", "same_tokens", "share", same, 1, same),
+        better("bidirectional_exact", "time", "s", seconds, slow, lower=True),
+        better("bidirectional_exact", "same_tokens", "share", same, 1),
     ]
     for cache in ("prefix", "dual"):
         config = replace(exact, block_size=32, cache=cache)
         seconds, _ = timed(lambda config=config: decoder.decode(requests, config))
         table.append(
-            row(f"bidirectional_cached_{cache}", "time", "s", seconds, slow, slow / seconds)
+            better(f"bidirectional_cached_{cache}", "time", "s", seconds, slow, lower=True)
         )
     return table
 
@@ -208,8 +198,8 @@ def continuous_batching(options: argparse.Namespace) -> list[Row]:
     waiting, _ = timed(lambda: static(True), rounds=3)
     shrinking, _ = timed(lambda: static(False), rounds=3)
     return [
-        row("continuous_batching", "time", "s", seconds, waiting, waiting / seconds),
-        row("continuous_batching_shrinking", "time", "s", seconds, shrinking, shrinking / seconds),
+        better("continuous_batching", "time", "s", seconds, waiting, lower=True),
+        better("continuous_batching_shrinking", "time", "s", seconds, shrinking, lower=True),
     ]
 
 
@@ -268,7 +258,7 @@ def threshold_curve(options: argparse.Namespace) -> list[Row]:
         one = one or (rate, groups)
         case = f"threshold_{threshold}"
         table += [
-            row(case, "tokens_per_pass", "tokens", rate, one[0], rate / one[0]),
+            better(case, "tokens_per_pass", "tokens", rate, one[0]),
             pass_row(case, groups, one[1]),
         ]
     return table
@@ -287,7 +277,7 @@ def approximate_caches(options: argparse.Namespace) -> list[Row]:
             exact = exact or (speed, groups)
             case = f"cache_{cache}_block_{block}"
             table += [
-                row(case, "tokens", "1/s", speed, exact[0], speed / exact[0]),
+                better(case, "tokens", "1/s", speed, exact[0]),
                 pass_row(case, groups, exact[1]),
             ]
     return table
@@ -359,19 +349,8 @@ def main() -> None:
         table += CASES[name](options)
     if options.plot and "threshold" in options.cases.split(",") and "threshold" not in absent:
         plot_thresholds(table, options.plot)
-    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    machine = f"{platform.machine()}, {cores} cores, {threads} threads, torch {torch.__version__}"
-    if options.json:
-        print(json.dumps(record("rollout", machine, table, absent=absent)))
-        return
-    print(f"rollout on {machine}, commit {commit()}")
-    print(f"{'case':32}{'metric':18}{'unit':14}{'ours':>10}{'reference':>12}{'ratio':>9}")
-    for r in table:
-        names = f"{r['case']:32}{r['metric']:18}{r['unit']:14}"
-        more = "".join(f"  {key} {r[key]}" for key in ("interval", "minus_reference") if key in r)
-        print(f"{names}{r['ours']:>10}{r['reference']:>12}{r['ratio']:>9}{more}")
-    for name, reason in absent.items():
-        print(f"{name:32}absent: {reason}")
+    machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    report("rollout", table, options.json, machine=machine, absent=absent)
 
 
 if __name__ == "__main__":

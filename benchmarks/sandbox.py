@@ -12,9 +12,7 @@ import argparse
 import contextlib
 import io
 import itertools
-import json
 import multiprocessing
-import os
 import platform
 import shutil
 import signal
@@ -31,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder: this file bears the package's name
 
-from benchmarks.lib.record import commit, record  # noqa: E402
+from benchmarks.lib.record import Row, better, report  # noqa: E402
 from sandbox.records import Case, Limits  # noqa: E402
 from sandbox.service import Sandbox  # noqa: E402
 
@@ -263,26 +261,22 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Measured], dict[str,
         return found, absent, zygote_mib(ours)
 
 
-def rows(found: dict[str, Measured], zygote: float) -> list[dict[str, object]]:
+def rows(found: dict[str, Measured], zygote: float) -> list[Row]:
     """DESIGN's rows; `ratio` above 1 means that ours is better."""
     ours, table = found["isolated"], []
-
-    def row(case: str, metric: str, unit: str, mine: float, theirs: float, ratio: float) -> None:
-        numbers = {"ours": round(mine, 2), "reference": round(theirs, 2), "ratio": round(ratio, 2)}
-        table.append({"case": case, "metric": metric, "unit": unit, **numbers})
 
     for name, other in found.items():
         if name == "one worker":
             continue
-        row(name, "tests_per_s", "1/s", ours.rate, other.rate, ours.rate / other.rate)
+        table.append(better(name, "tests_per_s", "1/s", ours.rate, other.rate))
         for percent in (50, 99):
             mine, theirs = ours.percentile(percent), other.percentile(percent)
-            row(name, f"p{percent}", "ms", mine, theirs, theirs / mine)
+            table.append(better(name, f"p{percent}", "ms", mine, theirs, lower=True))
     speedup = statistics.median(
         two / one for two, one in zip(ours.rates, found["one worker"].rates, strict=True)
     )
-    row("isolated", "core_efficiency", "x of one worker", speedup, 1.5, speedup / 1.5)
-    row("isolated", "zygote_pss", "MiB", zygote, 150.0, 150.0 / zygote)
+    table.append(better("isolated", "core_efficiency", "x of one worker", speedup, 1.5))
+    table.append(better("isolated", "zygote_pss", "MiB", zygote, 150.0, lower=True))
     return table
 
 
@@ -297,20 +291,14 @@ def main() -> None:
     options = parser.parse_args()
     found, absent, zygote = measure(options)
     table = rows(found, zygote)
-    cores = len(os.sched_getaffinity(0))
-    machine = f"{platform.machine()}, {cores} cores, Python {platform.python_version()}"
-    if options.json:
-        found_here = {"absent": absent, "workers": options.workers}
-        print(json.dumps(record("sandbox", machine, table, **found_here)))
-        return
-    print(f"sandbox on {machine}, commit {commit()}, {options.workers} workers")
-    print(f"{'case':14}{'metric':18}{'unit':18}{'ours':>10}{'reference':>12}{'ratio':>9}")
-    for r in table:
-        print(
-            f"{r['case']:14}{r['metric']:18}{r['unit']:18}{r['ours']:>10}{r['reference']:>12}{r['ratio']:>9}"
-        )
-    for name, reason in absent.items():
-        print(f"{name:14}absent: {reason}")
+    report(
+        "sandbox",
+        table,
+        options.json,
+        machine=f"Python {platform.python_version()}",
+        absent=absent,
+        workers=options.workers,
+    )
 
 
 if __name__ == "__main__":

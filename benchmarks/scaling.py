@@ -21,7 +21,6 @@ Not here: model passes, sandboxes, weights (rollout.py, sandbox.py, weights.py).
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -40,7 +39,7 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from pydantic import TypeAdapter  # noqa: E402
 
-from benchmarks.lib.record import record  # noqa: E402
+from benchmarks.lib.record import Row, lines, report, row  # noqa: E402
 from benchmarks.lib.simulated import (  # noqa: E402
     CatalogueReader,
     HandWorker,
@@ -69,7 +68,6 @@ from workers.shelf import WeightShelf  # noqa: E402
 from workers.weights import INITIAL_VERSION, KEEP_VERSIONS  # noqa: E402
 from workers.wire import Bucket, Piece  # noqa: E402
 
-Row = dict[str, Any]
 GROUP_SIZE = 8
 GROUPS_EACH = 2  # of a rollout worker, per step
 ROLLOUTS_PER_REWARD = 4
@@ -206,7 +204,7 @@ def scale(rollout: int, simulated: Simulated, options: argparse.Namespace) -> li
     slept = sum(mark.slept_s for mark in marks[1:])
     ideal = rollouts * rollout / slept
     return [
-        row(case, "throughput", "1/s", rollouts / seconds, ideal, rollouts / seconds / ideal),
+        loaded(case, "throughput", "1/s", rollouts / seconds, ideal, rollouts / seconds / ideal),
         driver_row(case, marks),
     ]
 
@@ -215,7 +213,7 @@ def driver_row(case: str, marks: Sequence[Mark]) -> Row:
     """CPU per rollout between the first mark and the last."""
     rollouts = sum(mark.rollouts for mark in marks[1:])
     each = 1e3 * (marks[-1].cpu_s - marks[0].cpu_s) / rollouts
-    return row(case, "driver", "ms", each, DRIVER_GOAL_MS, DRIVER_GOAL_MS / each)
+    return loaded(case, "driver", "ms", each, DRIVER_GOAL_MS, DRIVER_GOAL_MS / each)
 
 
 def memory(simulated: Simulated, options: argparse.Namespace) -> list[Row]:
@@ -228,7 +226,7 @@ def memory(simulated: Simulated, options: argparse.Namespace) -> list[Row]:
         for part in (marks[tenth : 2 * tenth], marks[-tenth:])
     )
     case = f"{options.long_steps} steps"
-    return [row(case, "memory", "MiB", last, first, first / last), driver_row(case, marks)]
+    return [loaded(case, "memory", "MiB", last, first, first / last), driver_row(case, marks)]
 
 
 def crew_turns(size: int) -> list[Row]:
@@ -238,7 +236,7 @@ def crew_turns(size: int) -> list[Row]:
     The reference is a crew of one.
     """
     cost = {count: piece_ms(count) for count in (1, size)}
-    return [row(f"crew of {size}", "piece", "ms", cost[size], cost[1], cost[1] / cost[size])]
+    return [loaded(f"crew of {size}", "piece", "ms", cost[size], cost[1], cost[1] / cost[size])]
 
 
 def piece_ms(size: int, pieces: int = 2000) -> float:
@@ -271,7 +269,7 @@ def ray_costs(options: argparse.Namespace) -> list[Row]:
             small, large = (catalogue_ms(Path(folder), n) for n in (1, options.buckets))
             case = f"catalogue of {options.buckets} buckets"
             rows = [
-                row(case, who, "ms", large[who], small[who], small[who] / max(large[who], 1e-3))
+                loaded(case, who, "ms", large[who], small[who], small[who] / max(large[who], 1e-3))
                 for who in ("shelf", "owner", "reader")
             ]
             return [call_row(Path(folder), options.calls), *rows]
@@ -291,7 +289,7 @@ def call_row(folder: Path, count: int) -> Row:
     ray.get([actor.handle.call.remote("close") for _ in range(count)], timeout=TIMEOUT_S)
     ended = time.process_time()
     ours, bare = 1e3 * (middle - began) / count, 1e3 * (ended - middle) / count
-    return row("actor call", "driver", "ms", ours, bare, bare / ours)
+    return loaded("actor call", "driver", "ms", ours, bare, bare / ours)
 
 
 def catalogue_ms(folder: Path, buckets: int, readers: int = 4, reads: int = 10) -> dict[str, float]:
@@ -324,11 +322,9 @@ def catalogue_ms(folder: Path, buckets: int, readers: int = 4, reads: int = 10) 
     return {"shelf": served / readers, "owner": owner / readers, "reader": fmean(own)}
 
 
-def row(case: str, metric: str, unit: str, ours: float, reference: float, ratio: float) -> Row:
-    """DESIGN's row; `ratio` above 1 means that ours is better."""
-    figures = {"ours": round(ours, 3), "reference": round(reference, 3), "ratio": round(ratio, 3)}
-    load = {"load": round(os.getloadavg()[0], 1)}
-    return {"case": case, "metric": metric, "unit": unit, **figures, **load}
+def loaded(*values: Any) -> Row:
+    """A row, with the machine's load at the end of its case."""
+    return row(*values, load=round(os.getloadavg()[0], 1))
 
 
 def main() -> None:
@@ -359,7 +355,8 @@ def main() -> None:
     ]
     if options.long_steps:
         cases.append(partial(memory, simulated, options))
-    report([row for case in cases for row in told(case)], options.json)
+    rows = [one for case in cases for one in told(case)]
+    report("scaling", rows, options.json, note="load: at the end of a case")
 
 
 def numbers(text: str) -> list[int]:
@@ -372,26 +369,9 @@ def told(case: Callable[[], list[Row]]) -> list[Row]:
     began = time.monotonic()
     rows = case()
     for one in rows:
-        print(line(one), file=sys.stderr)
+        print(lines([one])[1], file=sys.stderr)
     print(f"took {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return rows
-
-
-def line(one: Row) -> str:
-    """A row of the table."""
-    names = f"{one['case']:28}{one['metric']:12}{one['unit']:6}"
-    return f"{names}{one['ours']:>10}{one['reference']:>12}{one['ratio']:>8}{one['load']:>7}"
-
-
-def report(rows: list[Row], as_json: bool) -> None:
-    """To stdout."""
-    found = record("scaling", f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores", rows)
-    if as_json:
-        print(json.dumps(found))
-        return
-    print(f"scaling on {found['machine']}, commit {found['commit']}; load: at the end of a case")
-    print(f"{'case':28}{'metric':12}{'unit':6}{'ours':>10}{'reference':>12}{'ratio':>8}{'load':>7}")
-    print("\n".join(map(line, rows)))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ writes to pages of the object store that nobody touched before are dropped, as a
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -31,7 +29,7 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.lib.record import commit, record  # noqa: E402
+from benchmarks.lib.record import Row, better, report  # noqa: E402
 from models.engine import BUCKET_BYTES  # noqa: E402
 from workers.broadcast import BroadcastWeightStore, Patience  # noqa: E402
 from workers.placement import Actor, launch, ray, wait  # noqa: E402
@@ -41,7 +39,6 @@ from workers.shelf import WeightShelf  # noqa: E402
 from workers.weights import INITIAL_VERSION, WeightStore  # noqa: E402
 from workers.wire import Bucket, cut, load_into  # noqa: E402
 
-Row = dict[str, Any]
 MATRIX = 16 * 2**20  # bytes of one parameter: 4 Mi float32
 SOURCE, MODEL = 256 * 2**20, 2**30
 TIMEOUT_S = 300.0
@@ -167,15 +164,9 @@ def measure(kind: str, gigabytes: float, receivers: int, rounds: int) -> list[Ro
     middle = {name: statistics.median(one[name] for one in found) for name in found[0]}
     case = f"{kind} {gigabytes:g} GB to {receivers}"
     return [
-        row(case, metric, "s", middle[metric], middle["memcpy"], middle["memcpy"] / middle[metric])
+        better(case, metric, "s", middle[metric], middle["memcpy"], lower=True)
         for metric in ("publish", "receive", "sync")
     ]
-
-
-def row(case: str, metric: str, unit: str, ours: float, reference: float, ratio: float) -> Row:
-    """DESIGN's row; `ratio` above 1 means that ours is better."""
-    numbers = {"ours": round(ours, 3), "reference": round(reference, 3), "ratio": round(ratio, 2)}
-    return {"case": case, "metric": metric, "unit": unit, **numbers}
 
 
 def checksum_row() -> Row:
@@ -186,8 +177,7 @@ def checksum_row() -> Row:
         "ours": bucket.nbytes / 1e9 / min(timed(bucket.digest) for _ in range(5)),
         "crc": bucket.nbytes / 1e9 / min(timed(lambda: crc(bucket)) for _ in range(5)),
     }
-    ratio = rate["ours"] / rate["crc"]
-    return row("checksum, and CRC-32", "rate", "GB/s", rate["ours"], rate["crc"], ratio)
+    return better("checksum, and CRC-32", "rate", "GB/s", rate["ours"], rate["crc"])
 
 
 def crc(bucket: Bucket) -> int:
@@ -227,23 +217,9 @@ def main() -> None:
                     absent[f"{kind} {size:g} GB to {receivers}"] = reason
                 else:
                     rows += measure(kind, size, receivers, options.rounds)
-    report(rows, absent, options.json)
-
-
-def report(rows: list[Row], absent: dict[str, str], as_json: bool) -> None:
-    """To stdout."""
-    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    machine = f"{platform.machine()}, {cores} cores, load {load:.1f} at the end"
-    if as_json:
-        print(json.dumps(record("weights", machine, rows, absent=absent)))
-        return
-    print(f"weights on {machine}, commit {commit()}; the reference is a memcpy")
-    print(f"{'case':28}{'metric':10}{'unit':6}{'ours':>10}{'reference':>12}{'ratio':>8}")
-    for r in rows:
-        names = f"{r['case']:28}{r['metric']:10}{r['unit']:6}"
-        print(f"{names}{r['ours']:>10}{r['reference']:>12}{r['ratio']:>8}")
-    for name, reason in absent.items():
-        print(f"{name:28}absent: {reason}")
+    load = f"load {os.getloadavg()[0]:.1f} at the end"
+    note = "the reference is a memcpy"
+    report("weights", rows, options.json, machine=load, note=note, absent=absent)
 
 
 if __name__ == "__main__":

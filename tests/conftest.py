@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -57,22 +58,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def run_two_ranks() -> Callable[[str, Path], None]:
-    """`run_two_ranks(__file__, folder)`: that file as a script `RANK FOLDER`, as ranks 0 and 1.
+def run_two_ranks() -> Callable[..., list[str]]:
+    """`run_two_ranks(__file__, folder)`: Python with these arguments, twice, as torchrun would.
 
-    They find each other, end well, and say nothing on stdout (nor does DeepSpeed).
+    Both find each other by what is in their environment, and end well; what each said on stdout.
     """
 
-    def run(file: str, folder: Path) -> None:
+    def run(*arguments: object) -> list[str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment |= {"WORLD_SIZE": "2", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         ranks = [
             subprocess.Popen(
-                [sys.executable, file, str(rank), str(folder)],
-                env=environment,
+                [sys.executable, *map(str, arguments)],
+                env=environment | {"RANK": str(rank)},
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -85,6 +86,45 @@ def run_two_ranks() -> Callable[[str, Path], None]:
             for rank in ranks:
                 rank.kill()
         assert [rank.returncode for rank in ranks] == [0, 0]
-        assert outputs == ["", ""]
+        return outputs
 
     return run
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint() -> Callable[..., Path]:
+    """`write_checkpoint(folder, logit_shift=..., **architecture)`: 2 layers of width 32."""
+    # Only if some test asks: torch takes seconds.
+    from models.checkpoint import new_model, save_checkpoint
+    from models.spec import DiffusionSpec
+    from models.tokenizer import train_tokenizer
+
+    def write(
+        folder: Path,
+        *,
+        logit_shift: bool = False,
+        attention: Any = "block_causal",
+        block_size: int | None = 4,
+        **changes: Any,
+    ) -> Path:
+        tokenizer = train_tokenizer(["def f(x):\n    return x + 1\n"] * 3, vocab_size=262)
+        architecture = {
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        spec = DiffusionSpec(
+            mask_token_id=int(tokenizer.mask_token_id),
+            logit_shift=logit_shift,
+            attention=attention,
+            block_size=block_size,
+        )
+        save_checkpoint(folder, new_model(architecture | changes, seed=0), tokenizer, spec)
+        return folder
+
+    return write

@@ -12,7 +12,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from common.errors import InfrastructureError, UserError
+from common.errors import InfrastructureError, LearnerLost, UserError
 from common.futures import in_thread
 from workers.health import Beat, CrashWatch, Limits, State, Vitals, WorkerFailed
 from workers.pool import Pool
@@ -299,6 +299,9 @@ class Crew:
     def _failed(self, slot: Slot, error: BaseException) -> None:
         """Bad input is nobody's death; before the first answer of all it ends the start."""
         number = self._pool.running(slot.key)
+        if isinstance(error, LearnerLost):
+            self._starved(slot, error)
+            return
         if not isinstance(error, UserError):
             self._lost(slot, error)
         elif number is not None:
@@ -311,6 +314,20 @@ class Crew:
             self._give_up(error)
         else:
             self._lost(slot, error)
+
+    def _starved(self, slot: Slot, error: LearnerLost) -> None:
+        """The worker is well, but there are no weights: nobody can work until there are others."""
+        number = self._pool.lose(slot.key)
+        self._end_piece(slot)
+        if number is None or self._held:  # dropped, or known already
+            return
+        self._held = True
+        failure = describe_failure(slot.name, slot.facts, slot.worker, error)
+        looping = self._watch.failed(failure, ["weights"], self._clock())
+        if looping is None:
+            self._fail_jobs(error)
+        else:
+            self._give_up(self._watch.verdict(looping))
 
     def _lost(self, slot: Slot, error: BaseException) -> None:
         """Give the worker up: its piece goes back, another one takes its place."""

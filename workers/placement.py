@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import InfrastructureError, UserError
+from common.errors import InfrastructureError, LearnerLost, UserError
 from common.files import private_folder
 from common.secret_names import is_secret
 from workers.health import Beat, WorkerFailed
@@ -26,7 +26,13 @@ from workers.health import Beat, WorkerFailed
 from workers.access import forget_secrets, ray
 
 # After `workers.access`, which makes the settings that Ray reads when it is imported.
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,  # noqa: F401
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 from ray.util.placement_group import placement_group, remove_placement_group  # noqa: F401
 from ray.util.scheduling_strategies import (  # noqa: F401
     NodeAffinitySchedulingStrategy,
@@ -132,7 +138,7 @@ class Pending:
 
     @property
     def future(self) -> Future[Any]:
-        """Its result, or UserError, or WorkerFailed, without waiting."""
+        """Its result, or UserError, LearnerLost or WorkerFailed, without waiting."""
         out: Future[Any] = Future()
 
         def settle(found: Future[Any]) -> None:
@@ -305,7 +311,7 @@ def _told(call: Pending, error: BaseException) -> Exception:
     """What Ray says, as one of ours."""
     if isinstance(error, RayTaskError):
         cause = error.cause
-        if isinstance(cause, UserError):
+        if isinstance(cause, UserError | LearnerLost):
             return cause
         return _failed(call, f"{type(cause).__name__}: {cause}", _COLOUR.sub("", str(error)))
     reason = _short(str(error))

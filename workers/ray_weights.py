@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import InfrastructureError
-from workers.placement import Actor, Pending, find, ray, wait
+from common.errors import InfrastructureError, LearnerLost
+from workers.placement import GetTimeoutError, ObjectLostError, RayError, find, ray, wait
 from workers.wire import Bucket, verified
 
 WEIGHTS = "weights"
@@ -78,8 +78,6 @@ class RayWeightStore:
         """See `WeightStore`."""
 
     def _buckets(self, version: int, refs: Sequence[Any]) -> Iterator[Bucket]:
-        # For the words of an error only: the bytes come from Ray, not from the shelf.
-        shelf = Actor(self._line.name, self._line.log, None)
         deadline = time.monotonic() + self._line.timeout_s
         coming: dict[int, Any] = {}
         for number, ref in enumerate(refs):
@@ -87,11 +85,15 @@ class RayWeightStore:
                 if later not in coming:
                     coming[later] = refs[later].future()
             left = max(0.0, deadline - time.monotonic())
+            what = f"weights: bucket {number} of version {version}"
             try:
-                bucket: Bucket = wait([Pending(shelf, "fetch", ref)], left)[0]
-            except InfrastructureError as error:
-                raise InfrastructureError(
-                    f"weights: bucket {number} of version {version} did not come: {error}"
-                ) from error.__cause__
+                bucket: Bucket = ray.get(ref, timeout=left)
+            except ObjectLostError as error:
+                raise LearnerLost(f"{what} is gone with the learner that published it") from error
+            except GetTimeoutError as error:
+                limit = f"{self._line.timeout_s:g} s (cluster.timeout_s)"
+                raise InfrastructureError(f"{what} did not come within {limit}") from error
+            except RayError as error:
+                raise InfrastructureError(f"{what} did not come: {error}") from error
             coming.pop(number, None)
             yield bucket

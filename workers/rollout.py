@@ -92,6 +92,7 @@ class RolloutWorker:
 
         Raises:
             InfrastructureError: the store has no version as new as `at_least`, or fetching failed.
+            LearnerLost: what should be fetched is gone for good.
         """
         prompts = [encode_prompt(self._decoder.tokenizer, problem.prompt) for problem in problems]
         seeds = [

@@ -14,7 +14,7 @@ CLOSE_TIMEOUT_S = 3.0
 
 
 class Worker(Protocol):
-    """A started worker. Futures fail with UserError or WorkerFailed."""
+    """A started worker. Futures fail with UserError, LearnerLost or WorkerFailed."""
 
     @property
     def log(self) -> Path: ...

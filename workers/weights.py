@@ -41,6 +41,7 @@ class WeightStore(Protocol):
         Raises:
             InfrastructureError: no such version any more, damaged bytes, or no answer in time;
                 names the version. Also while the buckets are read.
+            LearnerLost: the version went with its publisher; only another one can be had. Likewise.
         """
         ...
 

@@ -24,9 +24,6 @@ from common.metrics import open_metrics
 from common.progress import SilentProgress
 from common.records import Problem
 from common.seeding import derive_seed
-from models.checkpoint import new_model, save_checkpoint
-from models.spec import DiffusionSpec
-from models.tokenizer import train_tokenizer
 from rl.config import TrainConfig
 from rl.train import make_cluster, prepare
 
@@ -39,26 +36,8 @@ def chance(prompts, completions, **columns):
 
 
 def make_inputs(folder: Path) -> dict[str, Any]:
-    """A model, data, a reward and the configuration that names them."""
-    tokenizer = train_tokenizer(["def f(x):\n    return x + 1\n"] * 3, vocab_size=262)
-    architecture = {
-        "model_type": "qwen2",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    spec = DiffusionSpec(
-        mask_token_id=int(tokenizer.mask_token_id),
-        logit_shift=False,
-        attention="block_causal",
-        block_size=4,
-    )
-    if not (folder / "model").exists():
-        save_checkpoint(folder / "model", new_model(architecture, seed=0), tokenizer, spec)
+    """Data, a reward, and the configuration that names them and the `model` that is there."""
+    if not (folder / "data.jsonl").exists():
         (folder / "reward.py").write_text(REWARD)
         rows = [{"prompt": f"Add {n}.", "tests": ["assert f(1)"]} for n in range(12)]
         (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

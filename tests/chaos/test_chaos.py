@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ FULL_RANKS = {
 }
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_checkpoint: Callable[..., Path]) -> Path:
+    """With the model in it."""
+    write_checkpoint(tmp_path / "model")
+    return tmp_path
 
 
 def full_plan(seed: int, steps: int) -> list[list[Any]]:
@@ -152,18 +160,18 @@ def same_again(records: list[dict[str, Any]], steps: int) -> None:
 
 
 @pytest.mark.timeout(6000 if FULL else 600)
-def test_a_run_outlives_the_death_of_everybody(tmp_path: Path) -> None:
+def test_a_run_outlives_the_death_of_everybody(folder: Path) -> None:
     before = shared_memory()
     steps = 30 if FULL else 10
     plan = full_plan(5, steps) if FULL else SMALL_PLAN
     assert len(plan) > 20 or not FULL
-    drive(tmp_path, plan, **(FULL_RANKS if FULL else {}))
-    check(tmp_path, steps, plan)
+    drive(folder, plan, **(FULL_RANKS if FULL else {}))
+    check(folder, steps, plan)
     assert shared_memory() <= before
 
 
 @pytest.mark.timeout(600)
-def test_a_run_outlives_a_node(tmp_path: Path) -> None:
+def test_a_run_outlives_a_node(folder: Path) -> None:
     """On the first node alone there is no room for three rollout workers and the learner.
 
     Wherever the learner was, it has to start anew beside two of them.
@@ -175,6 +183,6 @@ def test_a_run_outlives_a_node(tmp_path: Path) -> None:
         "cluster.learner": {"num_cpus": 1.0},
         "train.steps": 6,
     }
-    drive(tmp_path, plan, two_nodes=True, **more)
-    check(tmp_path, 6, plan)
-    assert "rollout workers 3 -> 2: no more fit" in (tmp_path / "said.txt").read_text()
+    drive(folder, plan, two_nodes=True, **more)
+    check(folder, 6, plan)
+    assert "rollout workers 3 -> 2: no more fit" in (folder / "said.txt").read_text()

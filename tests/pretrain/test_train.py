@@ -1,11 +1,7 @@
 """Stages in order: files, reuse, reproducibility, and refusals that leave nothing behind."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -404,35 +400,16 @@ def test_ranks_must_share_the_micro_batches(
 
 @pytest.mark.slow
 def test_two_ranks_make_the_same_model(
-    tmp_path: Path, make_values: MakeValues, memory: Any
+    tmp_path: Path,
+    make_values: MakeValues,
+    memory: Any,
+    run_two_ranks: Callable[..., list[str]],
 ) -> None:
     """Two processes on DeepSpeed, stage after stage, against the plain engine on one."""
     alone = Pretraining(config_of(make_values(tmp_path / "one"))).run(memory, memory)
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump(make_values(tmp_path / "two", engine={"kind": "deepspeed"})))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment |= {"WORLD_SIZE": "2", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pretrain.train", "--config", str(path)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    run_two_ranks("-m", "pretrain.train", "--config", path)
     for one in alone:
         two = stage_folder(tmp_path / "two", one.name)
         torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=3e-4)

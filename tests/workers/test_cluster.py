@@ -327,6 +327,36 @@ def test_a_lost_learner_starts_anew_from_its_checkpoint(
     gone_processes(pids)
 
 
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore:The given NumPy array")
+def test_weights_that_die_before_anybody_has_pulled_them(
+    ray_config: MakeConfig,
+    open_cluster: Callable[..., RayCluster],
+    scored_groups: list[Group],
+    problems: list[Problem],
+    tmp_path: Path,
+) -> None:
+    """As when a node dies: rollout workers find out before anybody calls the learner again."""
+    cluster = open_cluster(ray_config(rollouts=2, **FAST))
+    cluster.update(scored_groups, 0)
+    cluster.save(tmp_path / "saved").result(250)
+    cluster.sync_weights(1)
+    before = cluster.pids
+    os.kill(before["learner-0"], signal.SIGKILL)
+    assert cluster._launcher is not None
+    with pytest.raises(LearnerLost):  # once Ray knows
+        for _ in range(300):
+            list(cluster._launcher._weights.fetch()[1])
+            time.sleep(0.1)
+    with pytest.raises(LearnerLost, match="weights: bucket 0 of version 1 is gone with the"):
+        cluster.roll_out(problems, seed=1).result(250)
+    cluster.recover(tmp_path / "saved")
+    version = cluster.sync_weights(1)
+    groups = cluster.roll_out(problems, seed=1).result(250).groups
+    assert {r.policy_version for group in groups for r in group.rollouts} == {version}
+    assert {**cluster.pids, "learner-0": 0} == {**before, "learner-0": 0}
+
+
 def _texts(groups: list[Group]) -> list[list[str]]:
     return [[rollout.completion.text for rollout in group.rollouts] for group in groups]
 

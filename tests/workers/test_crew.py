@@ -348,6 +348,42 @@ def test_dropped_and_held_work(make: Make) -> None:
     assert new.result(0) == [("generate", "new")]
 
 
+def test_lost_weights_are_nobodys_death_and_end_the_wait_at_once(make: Make) -> None:
+    """All 3 workers fail at the same moment: one loss, which only other weights can mend."""
+    stage = make(size=3, limit=3)
+    done = stage.crew.submit([("generate", (name,)) for name in "abcd"])
+    stage.turns()
+    for worker in stage.started:
+        worker.calls[0][2].set_exception(LearnerLost("weights: bucket 0 is gone"))
+    stage.turns(5, seconds=1.0)
+    with pytest.raises(LearnerLost, match="bucket 0 is gone"):
+        done.result(0)
+    assert len(stage.started) == 3 and not any(worker.killed for worker in stage.started)
+    assert [len(worker.calls) for worker in stage.started] == [1, 1, 1]
+    again = stage.crew.submit([("generate", ("e",))])
+    stage.turns()
+    assert stage.watch.total == 1 and not again.done()  # held
+    stage.crew.hold(False)
+    stage.turns()
+    [busy] = [worker for worker in stage.started if len(worker.calls) == 2]
+    busy.answer()
+    stage.turns()
+    assert again.result(0) == [("generate", "e")]
+
+
+def test_weights_that_are_lost_over_and_over_stop_the_run(make: Make) -> None:
+    stage = make(size=1, limit=2)
+    for _ in range(2):
+        stage.crew.hold(False)
+        done = stage.crew.submit([("generate", ("a",))])
+        stage.turns()
+        stage.started[0].calls[-1][2].set_exception(LearnerLost("weights: bucket 0 is gone"))
+        stage.turns()
+    error = done.exception(0)
+    assert isinstance(error, InfrastructureError) and not isinstance(error, LearnerLost)
+    assert str(error).startswith("weights failed 2 times without a finished step between")
+
+
 def test_a_held_crew_makes_room_and_goes_on_with_the_same_work(make: Make) -> None:
     stage = make(size=2)
     done = stage.crew.submit([("generate", ("a",)), ("generate", ("b",))])

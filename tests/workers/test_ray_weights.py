@@ -16,7 +16,7 @@ import torch
 from ray import cloudpickle
 from ray._private.internal_api import node_stats
 
-from common.errors import InfrastructureError
+from common.errors import InfrastructureError, LearnerLost
 from workers.placement import Actor, launch, ray, wait
 from workers.ray_weights import WEIGHTS, RayWeightStore
 from workers.shelf import WeightShelf
@@ -198,8 +198,10 @@ def test_publisher_dies_between_buckets(store: RayWeightStore, start: Callable[.
     def lost() -> bool:
         try:
             list(store.fetch(3)[1])
-        except InfrastructureError as error:
-            return "bucket 0 of version 3 did not come" in str(error)
+        except LearnerLost as error:
+            return str(error) == (
+                "weights: bucket 0 of version 3 is gone with the learner that published it"
+            )
         return False
 
     assert settles(lost)
