@@ -321,7 +321,7 @@ class RayCluster:
         # the room that the learner needs.
         for crew in self._crews:
             crew.hold(True)
-            crew.drop(InfrastructureError("the work was dropped: its step is repeated"))
+        self._drop()
         self._sizes.look()
         if self._catalogues is not None:
             self._catalogues.mend()
@@ -331,6 +331,11 @@ class RayCluster:
             self._gang.rebuild()
         if folder is not None:
             self.load(folder)
+        self._drop()  # what had been decoded has asked for its rewards meanwhile
+
+    def _drop(self) -> None:
+        for crew in self._crews:
+            crew.drop(InfrastructureError("the work was dropped: its step is repeated"))
 
     def _make_room(self) -> None:
         if self._crews:

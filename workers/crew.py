@@ -5,7 +5,6 @@ thread, which takes what there is to do from a queue: answers, requests, and the
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -14,9 +13,9 @@ from typing import Any
 
 from common.errors import InfrastructureError, LearnerLost, UserError
 from common.futures import in_thread
-from workers.health import Beat, CrashWatch, Limits, State, Vitals, WorkerFailed
+from workers.health import Beat, CrashWatch, Limits, State, WorkerFailed
 from workers.pool import Pool
-from workers.slot import CLOSE_TIMEOUT_S, CrewStatus, Slot, Worker, describe_failure
+from workers.slot import CLOSE_TIMEOUT_S, CrewStatus, Places, Slot, Worker, describe_failure
 
 # Looking after everybody costs as much as there are workers, so it is not done at every answer.
 LOOKS_PER_HEARTBEAT = 20
@@ -48,7 +47,6 @@ class Crew:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.role = role
-        self._start = start
         self._limits = limits
         self._watch = watch
         self._say = say
@@ -56,16 +54,19 @@ class Crew:
         self._clock = clock
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._pool = Pool()
-        self._slots: dict[str, Slot] = {}
-        self._lives = Counter[str]()  # of each name: one that has retired may not be gone yet
+        self._places = Places(role, start, limits)
+        self._slots = self._places.slots
         self._ready: Future[None] = Future()
         self._error: Exception | None = None
         self._closed = False
         self._held = False
+        self._missing: LearnerLost | None = None  # why there are no weights
+        self._target = 0
         self._last_turn = clock()
         self._worked_s = 0.0
         self._look_at = clock()
         self._resize(size)
+        self._grow()
         self._thread: Future[None] | None = None
 
     # Called from any thread
@@ -92,6 +93,8 @@ class Crew:
     def hold(self, held: bool) -> None:
         """While held, nobody is started and no work is handed out: there are no weights to pull."""
         self._held = held
+        if not held:
+            self._missing = None
         self._events.put(self._look_soon)
 
     def make_room(self) -> None:
@@ -175,6 +178,7 @@ class Crew:
                 slot.vitals.excuse(away)
         if now >= self._look_at:
             self._look_at = now + self._limits.heartbeat_s / LOOKS_PER_HEARTBEAT
+            self._grow()
             for slot in list(self._slots.values()):
                 self._look_after(slot, now)
             self._check_jobs(now)
@@ -185,8 +189,9 @@ class Crew:
         self._look_at = self._clock()
 
     def _submit(self, work: list[Work], out: Future[list[Any]]) -> None:
-        if self._error is not None:
-            out.set_exception(self._error)
+        error = self._error or self._missing
+        if error is not None:
+            out.set_exception(error)
             return
         job = self._pool.submit(work, self._clock())
 
@@ -198,26 +203,29 @@ class Crew:
 
     def _resize(self, size: int) -> None:
         self._look_soon()
+        self._target = size
         staying = [slot for slot in self._slots.values() if not slot.vitals.leaving]
+        staying.sort(key=lambda slot: (slot.gone, slot.facts is None))  # who works stays first
         for slot in staying[size:]:
             slot.vitals.leaving = True
-            self._say(f"{slot.name} retires once it has finished its work")
-        for _ in range(size - len(staying)):
-            numbers = {int(name.rpartition("-")[2]) for name in self._slots}
-            number = next(n for n in range(len(numbers) + 1) if n not in numbers)
-            self._begin(f"{self.role}-{number}")
+            if slot.gone or slot.facts is not None:
+                self._say(f"{slot.name} retires once it has finished its work")
+            else:  # it may wait for room that there never is
+                self._say(f"{slot.name} is not started any more")
+                slot.dismiss(self._closes)
 
-    def _begin(self, name: str) -> None:
-        vitals, incarnation = Vitals(self._limits, self._clock()), self._lives[name]
-        self._lives[name] += 1
-        self._slots[name] = Slot(name, self._start(name, incarnation), vitals, incarnation)
+    def _grow(self) -> None:
+        """Begin who is missing, unless held."""
+        for _ in range(0 if self._held else self._target - self.size):
+            self._places.begin(self._clock())
 
     def _look_after(self, slot: Slot, now: float) -> None:
         if slot.gone:
             if slot.vitals.leaving:
                 del self._slots[slot.name]
             elif now >= slot.restart_at and not self._held:
-                self._replace(slot)
+                self._places.replace(slot, now)
+                self._look_soon()  # and ask it whether it is there
             return
         state = slot.vitals.state(now)
         if state is State.DEAD:
@@ -321,7 +329,7 @@ class Crew:
         self._end_piece(slot)
         if number is None or self._held:  # dropped, or known already
             return
-        self._held = True
+        self._held, self._missing = True, error
         failure = describe_failure(slot.name, slot.facts, slot.worker, error)
         looping = self._watch.failed(failure, ["weights"], self._clock())
         if looping is None:
@@ -346,20 +354,13 @@ class Crew:
         looping = self._watch.failed(failure, keys, now)
         if looping is None:
             return
-        others = any(s.facts and not s.gone for s in self._slots.values())
+        others = any(not (s is slot or s.gone or s.vitals.leaving) for s in self._slots.values())
         if looping == slot.name and slot.facts is None and self._ready.done() and others:
             slot.vitals.leaving = True
+            self._target -= 1
             self._say(f"{slot.name} is given up: it does not start; the others go on")
         else:
             self._give_up(self._watch.verdict(looping))
-
-    def _replace(self, slot: Slot) -> None:
-        slot.incarnation = self._lives[slot.name]
-        self._lives[slot.name] += 1
-        slot.worker = self._start(slot.name, slot.incarnation)
-        slot.vitals = Vitals(self._limits, self._clock())
-        slot.gone, slot.facts, slot.asked_at, slot.beaten_at = False, None, None, 0.0
-        self._look_soon()  # and ask it whether it is there
 
     def _make_room(self) -> None:
         self._look_soon()

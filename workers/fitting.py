@@ -63,6 +63,30 @@ def missing(nodes: Sequence[Node], wants: Sequence[Want]) -> str | None:
     return None
 
 
+def room_beside(nodes: Sequence[Node], others: Sequence[Want], wanted: Want) -> int:
+    """How many workers of `wanted` fit beside the others, who come first, as many as there can be.
+
+    Nodes are filled one after the other; Ray, which knows who else uses them, may do otherwise.
+    """
+    # Others go where the wanted ones cannot, if they can.
+    left = sorted(nodes, key=lambda node: node.holds(wanted))
+    for want in others:
+        _, left = _placed(left, want)
+    return _placed(left, wanted)[0]
+
+
+def _placed(nodes: Sequence[Node], want: Want) -> tuple[int, list[Node]]:
+    """How many could be placed, and what the nodes have left."""
+    count, left = 0, list[Node]()
+    for node in nodes:
+        here = min(want.count - count, 1 if want.apart else want.count, node.holds(want))
+        used = {kind: here * amount for kind, amount in want.each.items()}
+        rest = {kind: has - used.get(kind, 0.0) for kind, has in node.resources.items()}
+        left.append(Node(node.name, rest, node.labels))
+        count += here
+    return count, left
+
+
 def _too_many(want: Want, nodes: Sequence[Node], room: int) -> str:
     each = ", ".join(f"{kind} {amount:g}" for kind, amount in want.each.items() if amount > 0)
     labels = ", ".join(f"{key}={value}" for key, value in want.labels.items())

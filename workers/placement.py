@@ -28,6 +28,7 @@ from workers.access import forget_secrets, ray
 # After `workers.access`, which makes the settings that Ray reads when it is imported.
 from ray.exceptions import (
     GetTimeoutError,
+    ObjectFetchTimedOutError,  # noqa: F401
     ObjectLostError,  # noqa: F401
     RayActorError,
     RayError,

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InfrastructureError, LearnerLost
-from workers.placement import GetTimeoutError, ObjectLostError, RayError, find, ray, wait
+from workers.placement import (
+    GetTimeoutError,
+    ObjectFetchTimedOutError,
+    ObjectLostError,
+    RayError,
+    find,
+    ray,
+    wait,
+)
 from workers.wire import Bucket, verified
 
 WEIGHTS = "weights"
@@ -88,11 +96,11 @@ class RayWeightStore:
             what = f"weights: bucket {number} of version {version}"
             try:
                 bucket: Bucket = ray.get(ref, timeout=left)
-            except ObjectLostError as error:
-                raise LearnerLost(f"{what} is gone with the learner that published it") from error
-            except GetTimeoutError as error:
+            except (GetTimeoutError, ObjectFetchTimedOutError) as error:
                 limit = f"{self._line.timeout_s:g} s (cluster.timeout_s)"
                 raise InfrastructureError(f"{what} did not come within {limit}") from error
+            except ObjectLostError as error:
+                raise LearnerLost(f"{what} is gone with the learner that published it") from error
             except RayError as error:
                 raise InfrastructureError(f"{what} did not come: {error}") from error
             coming.pop(number, None)

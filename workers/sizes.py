@@ -10,7 +10,7 @@ from typing import Protocol
 
 from common.errors import UserError
 from workers.autoscale import Autoscaler
-from workers.fitting import Node, Want, missing
+from workers.fitting import Node, Want, missing, room_beside
 
 
 class Crew(Protocol):
@@ -63,14 +63,16 @@ class Sizes:
                     "from 1"
                 )
         with self._lock:
-            before = {role: self._crews[role].size for role in sizes}
-            if lack := self._lack(sizes):
+            before = {role: crew.size for role, crew in self._crews.items()}
+            if lack := missing(self._nodes(), self._wants(before | dict(sizes))):
                 raise UserError(lack)
             self._wished = sizes.get("rollout", self._wished)
             for role, size in sizes.items():
                 self._crews[role].resize(size)
-        done = ", ".join(f"{role} {before[role]} -> {size}" for role, size in sizes.items())
-        self._say(f"scaled by an operator: {done}")
+            done = ", ".join(f"{role} {before[role]} -> {size}" for role, size in sizes.items())
+            self._say(f"scaled by an operator: {done}")
+            if "rollout" not in sizes:  # there may be more room for them now
+                self._plan(before | dict(sizes))
         return done
 
     def after_step(self, learner_idle: float, rollout_idle: float) -> None:
@@ -80,32 +82,40 @@ class Sizes:
         with self._lock:
             size = self._crews["rollout"].size
             decision = self._autoscaler.after_step(size, learner_idle, rollout_idle)
-            if decision is None or self._lack({"rollout": decision.after}):
+            if decision is None:
+                return
+            if decision.after > size and decision.after > self._room(decision.after, {}):
                 return
             self._wished = decision.after
-            self._rollouts(decision.after, decision.reason)
+            self._resize(decision.after, decision.reason)
 
     def look(self) -> None:
         """See whether nodes have come or gone."""
         nodes = self._nodes()
         with self._lock:
-            if nodes == self._seen:
-                return
-            self._seen, size = nodes, self._wished
-            while size > 1 and self._lack({"rollout": size}):
-                size -= 1
-            now = self._crews["rollout"].size
-            if size < now:
-                self._rollouts(size, "no more fit on the nodes that are left")
-            elif size > now:
-                self._rollouts(size, "there are nodes for them again")
+            if nodes != self._seen:
+                self._seen = nodes
+                self._plan({})
 
-    def _rollouts(self, size: int, reason: str) -> None:
-        crew = self._crews["rollout"]
-        before = crew.size
-        crew.resize(size)
-        self._say(f"rollout workers {before} -> {size}: {reason}")
+    def _plan(self, sizes: Mapping[str, int]) -> None:
+        """As many rollout workers as were wished, or as fit. `sizes`: of crews, if not as now."""
+        now = self._crews["rollout"].size
+        size = max(1, min(self._wished, self._room(self._wished, sizes)))
+        if size < now:
+            self._resize(size, "no more fit on the nodes that are left")
+        elif size > now:
+            self._resize(size, "there is room for them again")
 
-    def _lack(self, sizes: Mapping[str, int]) -> str | None:
+    def _room(self, rollouts: int, sizes: Mapping[str, int]) -> int:
+        """How many of so many rollout workers fit beside the rest, the learner first of all."""
         now = {role: crew.size for role, crew in self._crews.items()}
-        return missing(self._nodes(), self._wants(now | dict(sizes)))
+        wants = self._wants({**now, **sizes, "rollout": rollouts})
+        [wanted] = [want for want in wants if want.role == "rollout"]
+        others = [want for want in wants if want.role != "rollout"]
+        others.sort(key=lambda want: want.role != "learner")
+        return room_beside(self._nodes(), others, wanted)
+
+    def _resize(self, size: int, reason: str) -> None:
+        crew = self._crews["rollout"]
+        self._say(f"rollout workers {crew.size} -> {size}: {reason}")
+        crew.resize(size)

@@ -1,5 +1,7 @@
-"""One place in a crew, and what is said of a worker. Not what is done about it (`workers.crew`)."""
+"""The places of a crew and who is in them. Not what is done about a failure (`workers.crew`)."""
 
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,7 +10,7 @@ from typing import Any, Protocol
 
 from common.errors import UserError
 from common.futures import in_thread
-from workers.health import Beat, Failure, State, Vitals, WorkerFailed
+from workers.health import Beat, Failure, Limits, State, Vitals, WorkerFailed
 
 CLOSE_TIMEOUT_S = 3.0
 
@@ -66,6 +68,39 @@ class Slot:
             "state": str(self.state(now)),
             "completed": self.completed,
         }
+
+
+class Places:
+    """The slots of a crew by name, and the starting of who belongs there.
+
+    Args:
+        role: first part of the names.
+        start: begins to start worker (name, incarnation) and returns at once.
+    """
+
+    def __init__(self, role: str, start: Callable[[str, int], Worker], limits: Limits) -> None:
+        self._role = role
+        self._start = start
+        self._limits = limits
+        self._lives = Counter[str]()  # of each name: one that has retired may not be gone yet
+        self.slots: dict[str, Slot] = {}
+
+    def begin(self, now: float) -> None:
+        """One more, with the first name that is free."""
+        numbers = {int(name.rpartition("-")[2]) for name in self.slots}
+        number = next(n for n in range(len(numbers) + 1) if n not in numbers)
+        name = f"{self._role}-{number}"
+        self.slots[name] = Slot(name, *self._life(name, now))
+
+    def replace(self, slot: Slot, now: float) -> None:
+        """Another worker where one is gone."""
+        slot.worker, slot.vitals, slot.incarnation = self._life(slot.name, now)
+        slot.gone, slot.facts, slot.asked_at, slot.beaten_at = False, None, None, 0.0
+
+    def _life(self, name: str, now: float) -> tuple[Worker, Vitals, int]:
+        incarnation = self._lives[name]
+        self._lives[name] += 1
+        return self._start(name, incarnation), Vitals(self._limits, now), incarnation
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ Make = Callable[..., Stage]
 
 @pytest.fixture
 def make() -> Make:
-    def build(size: int = 2, limit: int = 3, **traits: Any) -> Stage:
+    def build(size: int = 2, limit: int = 3, closes: bool = False, **traits: Any) -> Stage:
         clock, started, said = Clock(), [], []
 
         def start(name: str, incarnation: int) -> FakeWorker:
@@ -104,7 +104,7 @@ def make() -> Make:
             return started[-1]
 
         watch = CrashWatch(limit, window_s=600.0)
-        crew = Crew("rollout", start, size, LIMITS, watch, said.append, clock=clock)
+        crew = Crew("rollout", start, size, LIMITS, watch, said.append, closes, clock=clock)
         return Stage(crew, clock, started, said, watch)
 
     return build
@@ -360,10 +360,13 @@ def test_lost_weights_are_nobodys_death_and_end_the_wait_at_once(make: Make) -> 
         done.result(0)
     assert len(stage.started) == 3 and not any(worker.killed for worker in stage.started)
     assert [len(worker.calls) for worker in stage.started] == [1, 1, 1]
-    again = stage.crew.submit([("generate", ("e",))])
+    late = stage.crew.submit([("generate", ("e",))])  # nobody is left to wait for
     stage.turns()
-    assert stage.watch.total == 1 and not again.done()  # held
+    with pytest.raises(LearnerLost, match="bucket 0 is gone"):
+        late.result(0)
+    assert stage.watch.total == 1
     stage.crew.hold(False)
+    again = stage.crew.submit([("generate", ("e",))])
     stage.turns()
     [busy] = [worker for worker in stage.started if len(worker.calls) == 2]
     busy.answer()
@@ -406,6 +409,61 @@ def test_a_held_crew_makes_room_and_goes_on_with_the_same_work(make: Make) -> No
     stage.turns()
     assert done.result(0) == [("generate", "a"), ("generate", "b")]
     assert stage.watch.total == 0  # nobody failed
+
+
+def test_making_room_ends_those_that_start_or_leave_as_well(make: Make) -> None:
+    stage = make(size=2, closes=True)
+    stage.turns()
+    done = stage.crew.submit([("score", ("a",)), ("score", ("b",))])
+    stage.turns()
+    stage.crew.resize(1)  # one leaves once it has finished
+    stage.turns()
+    stage.crew.resize(2)
+    stage.turns(1)
+    assert [worker.name for worker in stage.started][2:] == ["rollout-2.0"]  # not there yet
+    stage.crew.hold(True)
+    stage.crew.make_room()
+    stage.turns()
+    for worker in stage.started:  # asked to close; their silence or their answer ends them
+        assert worker.calls[-1][0] == "close"
+    stage.crew.hold(False)
+    stage.turns(4)
+    assert stage.states() == {"rollout-0": "HEALTHY", "rollout-2": "HEALTHY"}
+    for worker in stage.started[3:]:
+        worker.answer()
+    stage.turns()
+    assert done.result(0) == [("score", "a"), ("score", "b")]
+
+
+def test_who_works_stays_and_who_never_came_goes_at_once(make: Make) -> None:
+    stage = make(size=4)
+    stage.turns()
+    for name in ("rollout-0", "rollout-1"):  # their node has died, and there is no room for others
+        stage.worker(name).problem = WorkerFailed(f"{name} died", died=True)
+    stage.turns(2, seconds=LIMITS.heartbeat_s)
+    pending = stage.started[4:]
+    assert [worker.name for worker in pending] == ["rollout-0.1", "rollout-1.1"]
+    for worker in pending:
+        worker.alive = False
+    stage.crew.resize(2)
+    stage.turns()
+    assert stage.states() == {"rollout-2": "HEALTHY", "rollout-3": "HEALTHY"}
+    assert all(worker.killed for worker in pending)
+    stage.crew.resize(4)
+    stage.turns()
+    assert stage.states() == dict.fromkeys([f"rollout-{i}" for i in (2, 3, 0, 1)], "HEALTHY")
+
+
+def test_nobody_is_added_while_held(make: Make) -> None:
+    stage = make(size=1)
+    stage.turns()
+    stage.crew.hold(True)
+    stage.crew.resize(3)
+    stage.turns(5, seconds=1.0)
+    assert len(stage.started) == 1
+    stage.crew.hold(False)
+    stage.turns()
+    assert len(stage.started) == 3
 
 
 def test_work_that_nobody_can_do_ends_with_who_is_there(make: Make) -> None:

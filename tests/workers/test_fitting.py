@@ -2,7 +2,7 @@
 
 import pytest
 
-from workers.fitting import Node, Want, missing
+from workers.fitting import Node, Want, missing, room_beside
 
 TWO = [
     Node("a", {"CPU": 8, "GPU": 2}, {"zone": "east"}),
@@ -57,3 +57,28 @@ def test_possible(wants: list[Want]) -> None:
 )
 def test_impossible(wants: list[Want], line: str) -> None:
     assert missing(TWO, wants) == line
+
+
+ROLLOUT = Want("rollout", 9, {"GPU": 2})
+
+
+@pytest.mark.parametrize(
+    ("others", "room"),
+    [
+        ([], 5),  # 3, 2 and none: a GPU of the second node is over
+        ([Want("learner", 4, {"GPU": 1})], 3),  # fills the smaller node, which loses 2
+        ([Want("learner", 2, {"GPU": 1}, apart=True)], 4),
+        ([Want("learner", 1, {"GPU": 1}, {"zone": "east"})], 4),
+        ([Want("reward", 3, {"CPU": 8})], 5),  # only one fits: nothing is taken for the others
+        ([Want("learner", 1, {"GPU": 99})], 5),  # nobody can help that
+        ([Want("learner", 20, {"GPU": 1})], 0),
+    ],
+)
+def test_room_beside_others(others: list[Want], room: int) -> None:
+    nodes = [
+        Node("a", {"GPU": 6}, {"zone": "east"}),
+        Node("b", {"GPU": 5}, {"zone": "west"}),
+        Node("c", {"CPU": 8}),
+    ]
+    assert room_beside(nodes, others, ROLLOUT) == room
+    assert room_beside(nodes, others, Want("rollout", 1, {"GPU": 2})) == min(room, 1)

@@ -265,6 +265,8 @@ def test_others_are_asked_to_make_room(start: Callable[..., Actor]) -> None:
     assert wait([other.call("say")], 60) == ["hello"]
     Reservation("half", Want("learner", 1, {"CPU": cpus / 2}), "pack", 60.0, make_room).release()
     assert asked == [True]
+    Reservation("again", Want("learner", 1, {"CPU": cpus / 2}), "pack", 60.0, make_room).release()
+    assert asked == [True]  # nobody is asked for what is free
 
 
 def _groups(name: str) -> set[str]:

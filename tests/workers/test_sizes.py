@@ -26,6 +26,7 @@ class Stage:
     def __init__(self, rollouts: int, nodes: int, autoscaler: Autoscaler | None = None) -> None:
         self.rollout, self.reward = FakeCrew("rollout", rollouts), FakeCrew("reward", 1)
         self.nodes = [Node(f"node-{i}", {"CPU": 3.0}) for i in range(nodes)]
+        self.reward_labels: dict[str, str] = {}
         self.said: list[str] = []
         self.sizes = Sizes(
             [self.rollout, self.reward],
@@ -38,7 +39,7 @@ class Stage:
     def wants(self, sizes: Mapping[str, int]) -> list[Want]:
         return [
             Want("rollout", sizes["rollout"], {"CPU": 1.0}),
-            Want("reward", sizes["reward"], {"CPU": 0.5}),
+            Want("reward", sizes["reward"], {"CPU": 0.5}, self.reward_labels),
             Want("learner", 1, {"CPU": 0.5}),
         ]
 
@@ -55,7 +56,31 @@ def test_a_lost_node_takes_workers_and_brings_them_back() -> None:
     stage.nodes.append(lost)
     stage.sizes.look()
     assert stage.rollout.size == 4
-    assert stage.said[1:] == ["rollout workers 2 -> 4: there are nodes for them again"]
+    assert stage.said[1:] == ["rollout workers 2 -> 4: there is room for them again"]
+
+
+def test_what_others_lack_is_not_taken_from_rollout_workers() -> None:
+    """Rewards need a node of their own kind, which is gone; to want fewer rollouts helps nobody."""
+    stage = Stage(rollouts=4, nodes=2)
+    stage.reward.size, stage.reward_labels = 3, {"pool": "sandbox"}
+    stage.nodes.append(Node("node-2", {"CPU": 3.0}, {"pool": "sandbox"}))
+    stage.sizes.look()
+    stage.nodes.pop()
+    stage.sizes.look()
+    assert stage.rollout.size == 4 and stage.said == []
+
+
+def test_room_that_another_role_gives_back_is_used() -> None:
+    stage = Stage(rollouts=4, nodes=2)
+    stage.reward.size = 3
+    node = stage.nodes.pop()
+    stage.sizes.look()
+    assert stage.rollout.size == 1
+    stage.sizes.scale({"reward": 1})
+    assert stage.rollout.size == 2
+    stage.nodes.append(node)
+    stage.sizes.look()
+    assert stage.rollout.size == 4
 
 
 def test_one_rollout_worker_is_always_planned_for() -> None:
