@@ -1,6 +1,8 @@
 """Every benchmark still starts: they are scripts, which neither mypy nor another test imports."""
 
 import json
+import math
+import re
 import subprocess
 import sys
 import time
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.lib.record import better, lines, report, row
 from benchmarks.lib.simulated import Simulated, SleepingReward, SleepingRollout
 from common.records import Problem
 from common.seeding import derive_seed
@@ -22,6 +25,32 @@ def test_it_says_how_it_is_used(script: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--json" in done.stdout
+
+
+def test_rows_say_which_way_is_better() -> None:
+    assert better("c", "m", "s", 1.0, 2.0, lower=True)["ratio"] == 2.0
+    assert better("c", "m", "%", 50.0, 40.0)["ratio"] == 1.25
+    assert math.isnan(better("c", "m", "%", 50.0, 0.0)["ratio"])
+    assert row("c", "m", "s", 1.23456, 12345.6, 3.0, load=2) == {
+        "case": "c", "metric": "m", "unit": "s",
+        "ours": 1.235, "reference": 12350.0, "ratio": 3.0, "load": 2,
+    }  # fmt: skip
+
+
+def test_a_table_and_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row("a long case", "time", "s", 1, 2, 3), row("b", "m", "1/s", 10, 20, 3, note="odd")]
+    assert lines(rows) == [
+        "case         metric  unit  ours  reference  ratio",
+        "a long case  time    s      1.0        2.0    3.0",
+        "b            m       1/s   10.0       20.0    3.0  note odd",
+    ]
+    report("some", rows, False, machine="2 threads", note="tiny", absent={"c": "no GPU"})
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"some on \S+, \d+ cores, 2 threads, commit \S*; tiny", first)
+    assert last == "c: absent, no GPU"
+    report("some", rows, True, workers=2)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["absent"], found["workers"]) == (rows, {}, 2)
 
 
 @pytest.mark.ray

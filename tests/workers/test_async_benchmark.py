@@ -50,9 +50,7 @@ def test_simulated(
     assert rows[0]["reference"] == rows[2]["reference"]
 
 
-def test_rows_say_which_way_is_better(module: ModuleType) -> None:
-    assert module.row("c", "m", "s", 1.0, 2.0, lower=True)["ratio"] == 2.0
-    assert module.row("c", "m", "%", 50.0, 40.0)["ratio"] == 1.25
+def test_what_is_read_from_a_run(module: ModuleType) -> None:
     steps = [{"timing_s/step": float(n)} for n in (9, 9, 9, 1, 2, 3)] + [{"eval/pass@1": 0.5}]
     assert module.step_seconds(steps) == 2.0  # without the first three
     assert module.pass_at_1(steps) == 50.0
