@@ -7,15 +7,16 @@ and TensorBoard are imported only where a config asks for them.
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Literal, Protocol
 
 from common.config import Section
 from common.errors import UserError
-from common.files import private_folder
+from common.files import append_line, private_folder
 
 METRICS_FILE = "metrics.jsonl"
 HEADLINES = (
@@ -65,18 +66,17 @@ class JsonlSink:
     def __init__(self, path: Path) -> None:
         private_folder(path.parent)
         end_last_line(path)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._path = path
 
     def log(self, values: Mapping[str, float], *, step: int, stage: str) -> None:
         record: dict[str, Any] = {"stage": stage, "step": step, "time": round(time.time(), 3)}
         for name, value in values.items():
             number = float(value)
             record[name] = number if math.isfinite(number) else None
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        append_line(self._path, json.dumps(record))
 
     def close(self) -> None:
-        self._file.close()
+        """Every line is on its way already."""
 
 
 class ConsoleSink:
@@ -253,5 +253,4 @@ def end_last_line(path: Path) -> None:
     if not path.is_file():
         return
     content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
+    os.truncate(path, content.rfind(b"\n") + 1)

@@ -48,11 +48,12 @@ def audit(run: Path) -> Audit:
         UserError: there is no ledger, or a line of it (or of the metrics) cannot be read.
     """
     path = run / LEDGER_FILE
+    metrics = read_metrics(run / METRICS_FILE)  # first: the run may go on meanwhile
     entries = read_metrics(path)
     if not entries:
         raise UserError(f"{path}: no entries; give the folder of a run that `unmask train` made")
     try:
-        return _audit(path, entries, read_metrics(run / METRICS_FILE))
+        return _audit(path, entries, metrics)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: an entry cannot be read ({error!r})") from error
 
@@ -67,7 +68,8 @@ def _audit(path: Path, entries: list[dict[str, Any]], metrics: list[dict[str, An
     done = max(settled, default=-1) + 1
     violations = _numbering(lives)
     trained, dropped, planned, recomputed = Counter[int](), Counter[str](), 0, 0
-    for step in range(done):
+    first = min((life["step"] for life in lives), default=0)  # another run's steps came before
+    for step in range(first, done):
         found = by_step.get(step, [])
         violations += [f"step {step}: {text}" for text in _step(found)]
         planned += sum(len(e["problems"]) * e["group_size"] for e in found if _is(e, "planned"))
@@ -76,9 +78,9 @@ def _audit(path: Path, entries: list[dict[str, Any]], metrics: list[dict[str, An
             trained[step] += len(_listed(entry["trained"]))
             for reason, samples in entry["dropped"].items():
                 dropped[reason] += len(_listed(samples))
-    violations += _against_metrics(by_step, lives, metrics, done)
+    violations += _against_metrics(by_step, lives, metrics, range(first, done))
     return Audit(
-        steps=done,
+        steps=max(0, done - first),
         planned=planned,
         trained=trained.total(),
         recomputed=recomputed,
@@ -147,7 +149,7 @@ def _against_metrics(
     by_step: dict[int, list[dict[str, Any]]],
     lives: Sequence[dict[str, Any]],
     metrics: Sequence[dict[str, Any]],
-    done: int,
+    done: range,
 ) -> list[str]:
     """The counts that the learner and the loop logged must be the ledger's.
 
@@ -160,14 +162,14 @@ def _against_metrics(
         if record.get("stage") == "rl" and "timing_s/update" in record
     }
     wrong = []
-    for step in range(done):
+    for step in done:
         entries = [e for e in by_step.get(step, []) if _is(e, "settled")]
         if len(entries) != 1:
             continue  # said already
         again = _recomputed(by_step[step])
         record = records.get(step)
         if record is None or record["time"] < began[entries[0]["life"]]:
-            if step + 1 < done:
+            if step + 1 < done.stop:
                 wrong.append(f"step {step}: settled, but metrics.jsonl has no record of it")
             continue
         wrong += [f"step {step}: {text}" for text in _counts(entries[0], again, record)]
@@ -175,7 +177,7 @@ def _against_metrics(
     wrong += [
         f"step {step}: metrics.jsonl has a record, but it was never settled"
         for step, record in records.items()
-        if step >= done and record["time"] >= last
+        if step >= done.stop and record["time"] >= last
     ]
     return wrong
 
@@ -184,7 +186,7 @@ def _counts(entry: dict[str, Any], recomputed: int, record: dict[str, Any]) -> l
     dropped = {reason: len(_listed(found)) for reason, found in entry["dropped"].items()}
     trained = len(_listed(entry["trained"]))
     pairs = {
-        "batch/samples": trained,
+        "batch/samples": trained + dropped.get("skipped", 0),
         "completions/count": trained + sum(dropped.values()),
         "async/dropped_stale": dropped.get("stale", 0),
         "async/recomputed_stale": recomputed,

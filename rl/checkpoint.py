@@ -6,6 +6,7 @@ flushed to disk, its manifest last, renamed, and only then does `rl/latest` poin
 """
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from rl.inflight import Batches, write_batches
 from rl.origin import Origin
 
 STATE_FILE = "state.json"
-_STEP = re.compile(r"global_step_(\d+)")
+_STEP = re.compile(r"(?:global|abandoned)_step_(\d+)(?:\.\d+)?")
 # Writes the workers' files into the folder it is given. The future, if there is one, ends when they
 # are on disk, and holds their records by absolute path, so that nobody has to read them again.
 Write = Callable[[Path], Future[dict[str, FileRecord]] | None]
@@ -135,6 +136,7 @@ class Checkpoints:
             self._origin.write(temporary)
         root = temporary.resolve()
         known = {Path(path).relative_to(root).as_posix(): r for path, r in records.items()}
+        _check_shared(temporary, known)
         self.bytes_written = write_manifest(temporary, known)
         for path in temporary.rglob("*"):
             if path.relative_to(temporary).as_posix() not in known:  # those are on disk already
@@ -169,11 +171,16 @@ class Checkpoints:
             UserError: there are checkpoints, and none of them is sound.
         """
         latest = self.latest()
-        if latest is None:
-            return None
-        before = [path for path in self.saved() if _step_of(path) < _step_of(latest)]
+        return None if latest is None else self.sound_from(latest, say)
+
+    def sound_from(self, newest: Path, say: Callable[[str], None]) -> Path:
+        """`newest`, or the newest before it whose files are all as they were written.
+
+        See `newest_sound`.
+        """
+        before = [path for path in self.saved() if _step_of(path) < _step_of(newest)]
         damage = ""
-        for path in [latest, *reversed(before)]:
+        for path in [newest, *reversed(before)]:
             found = find_damage(path)
             if found is None:
                 if damage:
@@ -219,6 +226,22 @@ class Checkpoints:
             )
         return found
 
+    def abandon_after(self, path: Path, say: Callable[[str], None]) -> None:
+        """The run goes on from `path`: later steps of its folder are no longer of this run.
+
+        They are kept under another name, for whoever wants that future back (`run.resume`).
+        """
+        if path.resolve().parent != self.folder.resolve():
+            return
+        later = [saved for saved in self.saved() if _step_of(saved) > _step_of(path)]
+        if later or self.latest() != path:
+            self._point_to(path)
+        for saved in later:
+            names = (f"abandoned_step_{_step_of(saved)}.{number}" for number in itertools.count(1))
+            kept = next(new for name in names if not (new := self.folder / name).exists())
+            saved.rename(kept)
+            say(f"{saved.name} comes after {path.name}, where the run goes on: kept as {kept.name}")
+
     def _point_to(self, final: Path) -> None:
         pointer = self.folder / "latest"
         temporary = self.folder / ".latest.tmp"
@@ -228,11 +251,11 @@ class Checkpoints:
         flush(self.folder)
 
     def _prune(self, step: int) -> None:
-        # Steps after this one belong to a future that a resume from an earlier step left behind:
-        # they do not count, and they are not ours to delete.
         past = [path for path in self.saved() if _step_of(path) <= step]
         for path in past[: -self._keep]:
-            shutil.rmtree(path)
+            going = path.with_name(f".{path.name}.old")  # half deleted, it must not look whole
+            path.rename(going)
+            shutil.rmtree(going, ignore_errors=True)  # `_sweep` tries again
 
 
 def is_complete(folder: Path) -> bool:
@@ -295,13 +318,25 @@ def interrupt_deferred() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if waiting:
-        raise KeyboardInterrupt
+        if waiting:  # also if the block has failed: whoever wants to stop does not want a retry
+            raise KeyboardInterrupt
 
 
 def _step_of(path: Path) -> int:
     match = _STEP.fullmatch(path.name)
     return int(match.group(1)) if match else -1
+
+
+def _check_shared(folder: Path, known: Mapping[str, FileRecord]) -> None:
+    """What ranks of other nodes say that they have written must be here as well."""
+    for name, record in known.items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != record.size:
+            there = "is not here" if size is None else f"has {size} bytes here, not {record.size}"
+            raise InfrastructureError(
+                f"{name} {there}, though a rank has written it: run.folder must be on a file "
+                "system that all nodes share"
+            )
 
 
 def _replace_folder(temporary: Path, final: Path) -> None:

@@ -8,7 +8,6 @@ for news.
 """
 
 import json
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import append_line
 from common.metrics import end_last_line, read_metrics
 from common.records import Group, Problem
 from rl.batch import Fate, fates
@@ -47,15 +47,9 @@ class Ledger:
         return Life(self, life, self._group_size)
 
     def _append(self, entry: Mapping[str, Any], durable: bool = False) -> None:
-        line = (json.dumps(entry, separators=(",", ":")) + "\n").encode()
+        line = json.dumps(entry, separators=(",", ":"))
         with self._lock:
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(descriptor, line)
-                if durable:
-                    os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            append_line(self._path, line, durable)
 
 
 @dataclass(frozen=True)
@@ -85,8 +79,14 @@ class Life:
         self.came(step, "generated", groups)
         self.came(step, "scored", groups)
 
-    def settled(self, step: int, groups: Sequence[Group], fresh: Sequence[Group]) -> None:
-        """The update is done. `fresh` is what of `groups` was not too old for it."""
+    def settled(
+        self, step: int, groups: Sequence[Group], fresh: Sequence[Group], applied: bool = True
+    ) -> None:
+        """The update is done. `fresh` is what of `groups` was not too old for it.
+
+        Args:
+            applied: False if no optimizer step was taken, for the gradient was not finite.
+        """
         by_fate: dict[str, list[tuple[str, list[int]]]] = {}
         for group, kept in zip(groups, fresh, strict=True):
             inside = {rollout.sample_index for rollout in kept.rollouts}
@@ -97,6 +97,8 @@ class Life:
                 chosen = [index for index in indices if found[index] == fate]
                 by_fate.setdefault(fate, []).append((group.problem.problem_id, chosen))
         trained = by_fate.pop("trained", [])
+        if trained and not applied:
+            by_fate["skipped"], trained = trained, []
         self._note("settled", step, durable=True, trained=trained, dropped=by_fate)
 
     def _note(self, event: str, step: int, durable: bool = False, **values: Any) -> None:

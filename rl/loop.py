@@ -65,22 +65,24 @@ class Loop:
                 if plan.eval_every and (last or self.state.step % plan.eval_every == 0):
                     self._evaluate()
                 if last or (plan.save_every and self.state.step % plan.save_every == 0):
-                    self._save()
+                    self.saver.save(self.state, self.in_flight)
             self.saver.finish(must=True)
             self.finish(self.state.step)
             return self.state
         except KeyboardInterrupt:
-            if not self.updating and self.saved != self.state.step:
-                self._save()
+            try:
+                if not self.updating and self.saver.step != self.state.step:
+                    self.saver.save(self.state, self.in_flight)
+            except LearnerLost as error:  # the stop is not forgotten for it
+                self.monitor.say(f"{error}; step {self.state.step} was not saved")
             self.saver.finish(must=True)
             raise
 
     def _start(self, loss: LearnerLost | None) -> None:
         """Where the newest checkpoint stopped, with its weights served."""
-        self.saver.finish()
-        checkpoint, seed = self.saver.newest, self.plan.run_seed
+        checkpoint, seed = self.saver.go_on(loss is not None), self.plan.run_seed
         self.state = read_state(checkpoint, seed) if checkpoint else RunState(0, 0, seed)
-        self.saved, step = self.state.step, self.state.step
+        self.saver.step = step = self.state.step
         scored, cause = {}, "resume" if checkpoint else "start"
         if loss is not None:  # versions go on counting, so what was in flight is too old
             cause = f"learner lost: {loss}"
@@ -127,7 +129,8 @@ class Loop:
             clock.append(time.monotonic())
             self.in_flight.popleft()
             self.updating = False
-            self.life.settled(step, new.groups, fresh)
+            applied = metrics.get("update/optimizer_steps", 1) > 0
+            self.life.settled(step, new.groups, fresh, applied)
             spans = zip(("rollouts", "update", "sync"), pairwise(clock), strict=True)
             metrics |= {f"timing_s/{name}": after - before for name, (before, after) in spans}
             self.monitor.log(step + 1, metrics | new.sums | {"timing_s/step": clock[-1] - clock[0]})
@@ -138,10 +141,6 @@ class Loop:
         future = self.cluster.evaluate(self.test, plan.eval_decoding, 1, seed)
         metrics = evaluation_metrics(self._wait(future, "evaluate", step))
         self.monitor.log(step, metrics | {"timing_s/evaluate": time.monotonic() - started})
-
-    def _save(self) -> None:
-        self.saver.save(self.state, self.in_flight)
-        self.saved = self.state.step
 
     def _wait(self, future: Future[Any], what: str, step: int) -> Any:
         # Later than the cluster's own limits (of decoding, then of scoring), which can name actors.

@@ -90,7 +90,9 @@ class Origin:
 
     def takes_up(self, checkpoint: Path) -> bool:
         """Whether batches that were scored when `checkpoint` was written are still of this run."""
-        return not any(key.startswith(OF_BATCHES) for key in self._changes(read_origin(checkpoint)))
+        saved = read_origin(checkpoint)
+        changed = any(key.startswith(OF_BATCHES) for key in self._changes(saved))
+        return not changed and self.problems == saved.problems
 
     def _changes(self, saved: "Origin") -> dict[str, str]:
         old, new = dict(_flat(saved.config)), dict(_flat(json.loads(json.dumps(self.config))))

@@ -29,6 +29,8 @@ class Saver:
             disk, `timing_s/save_written`, `checkpoint/bytes` and `checkpoint/failed` (0 or 1).
         newest: the checkpoint that the run started from.
         timeout_s: longest wait for one answer of a worker.
+
+    step: of the last save that was begun, or from which the run goes on.
     """
 
     def __init__(
@@ -43,6 +45,23 @@ class Saver:
         self._timeout_s = timeout_s
         self._under_way: tuple[int, float, Future[Path]] | None = None
         self.newest = newest
+        self.step = 0
+
+    def go_on(self, lost: bool) -> Path | None:
+        """Which checkpoint the run goes on from; None is its very start.
+
+        Args:
+            lost: the learner died. A checkpoint may have been damaged since it was written.
+
+        Raises:
+            UserError: none is sound any more.
+        """
+        self.finish()
+        if lost and self.newest is not None:
+            self.newest = self._checkpoints.sound_from(self.newest, self._monitor.say)
+        if self.newest is not None:
+            self._checkpoints.abandon_after(self.newest, self._monitor.say)
+        return self.newest
 
     def save(self, state: RunState, in_flight: Sequence[Flight]) -> None:
         """Copy the state and return; a save that is still under way is waited for first.
@@ -59,7 +78,7 @@ class Saver:
         state, batches = replace(state, pending=pending), ready(in_flight, state.step)
         with interrupt_deferred():
             future = self._checkpoints.begin(state, self._write, batches)
-            self._under_way = (state.step, began, future)
+            self._under_way, self.step = (state.step, began, future), state.step
         self._monitor.log(state.step, {"timing_s/save": time.monotonic() - began})
 
     def poll(self) -> None:
@@ -76,12 +95,13 @@ class Saver:
         if self._under_way is None:
             return
         step, began, future = self._under_way
-        self._under_way = None
-        try:
+        try:  # an interrupt in here leaves it under way, for whoever handles the interrupt
             self.newest = future.result(SAVE_TIMEOUTS * self._timeout_s)
         except (InfrastructureError, TimeoutError) as error:
+            self._under_way = None
             self._failed(step, error, must)
             return
+        self._under_way = None
         self._monitor.log(
             step,
             {

@@ -208,10 +208,11 @@ class Crew:
         staying.sort(key=lambda slot: (slot.gone, slot.facts is None))  # who works stays first
         for slot in staying[size:]:
             slot.vitals.leaving = True
-            if slot.gone or slot.facts is not None:
+            if slot.facts is not None and not slot.gone:
                 self._say(f"{slot.name} retires once it has finished its work")
-            else:  # it may wait for room that there never is
-                self._say(f"{slot.name} is not started any more")
+                continue
+            self._say(f"{slot.name} is not started any more")
+            if not slot.gone:  # it may wait for room that there never is
                 slot.dismiss(self._closes)
 
     def _grow(self) -> None:

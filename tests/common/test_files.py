@@ -1,11 +1,14 @@
-"""What a run writes is for its owner only; which variables are secret."""
+"""What a run writes is for its owner only, and whole; which variables are secret."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from common.files import private_folder
+from common import files
+from common.errors import InfrastructureError
+from common.files import append_line, private_folder
 from common.secret_names import is_secret
 
 
@@ -22,6 +25,40 @@ def test_new_folders_are_private_and_old_ones_stay(tmp_path: Path) -> None:
         os.umask(before)
     modes = [p.stat().st_mode & 0o777 for p in (old, old / "runs", old / "runs" / "demo")]
     assert modes == [0o755, 0o700, 0o700]
+
+
+@pytest.mark.parametrize("how", ["short", "refused"])
+def test_a_line_is_appended_whole_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    path, write, times = tmp_path / "lines", os.write, []
+
+    def full(descriptor: int, data: bytes) -> int:
+        times.append(path.read_text())
+        if len(times) > 2:
+            return write(descriptor, data)
+        if how == "refused":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[:3])
+
+    append_line(path, "first")
+    monkeypatch.setattr("common.files.os.write", full)
+    monkeypatch.setattr(files, "POLL_S", 0.01)
+    append_line(path, "second", durable=True)
+    assert times == ["first\n"] * 3  # nothing of the half line stays
+    assert path.read_text() == "first\nsecond\n"
+
+
+def test_other_refusals_and_a_disk_that_stays_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "FULL_DISK_S", 0.05)
+    monkeypatch.setattr(files, "POLL_S", 0.01)
+    monkeypatch.setattr("common.files.os.write", lambda descriptor, data: 0)
+    with pytest.raises(InfrastructureError, match="lines: the disk has been full for 0.05 s"):
+        append_line(tmp_path / "lines", "x")
+    with pytest.raises(IsADirectoryError):
+        append_line(tmp_path, "x")
 
 
 SECRET = """

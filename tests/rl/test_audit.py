@@ -95,6 +95,28 @@ def test_samples_that_were_rolled_out_again(tmp_path: Path) -> None:
     ]
 
 
+def test_a_step_without_an_optimizer_step_has_trained_nobody(tmp_path: Path) -> None:
+    life = Ledger(tmp_path / LEDGER_FILE, group_size=3).begin(0, "start")
+    sink = JsonlSink(tmp_path / METRICS_FILE)
+    life.planned(0, [g.problem for g in GROUPS])
+    life.came(0, "generated", GROUPS)
+    life.came(0, "scored", GROUPS)
+    life.settled(0, GROUPS, GROUPS, applied=False)
+    values = {"timing_s/update": 1.0, "completions/count": 9.0, "batch/samples": 2.0}
+    sink.log(values, step=1, stage="rl")
+    found = audit(tmp_path)
+    assert (found.violations, found.trained, found.dropped["skipped"]) == ([], 0, 2)
+
+
+def test_a_run_that_goes_on_from_another_ones_step_has_no_gap(tmp_path: Path) -> None:
+    life = Ledger(tmp_path / LEDGER_FILE, group_size=3).begin(150, "resume")
+    sink = JsonlSink(tmp_path / METRICS_FILE)
+    for number in (150, 151):
+        step(life, number, sink)
+    found = audit(tmp_path)
+    assert (found.violations, found.steps, found.trained) == ([], 2, 4)
+
+
 def lines_of(run: Path) -> list[str]:
     return (run / LEDGER_FILE).read_text().splitlines()
 

@@ -98,6 +98,25 @@ def test_the_pointer_moves_only_when_all_is_written(tmp_path: Path) -> None:
     assert find_damage(tmp_path / "rl" / "global_step_2") is None
 
 
+def test_files_that_only_another_node_has_are_no_checkpoint(tmp_path: Path) -> None:
+    """A rank's own disk in the place of one that all share: found out when it is saved."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(1), write)
+    for size in (1, 2):  # missing here, or another file here
+        weights = tmp_path / "rl" / ".global_step_2.tmp" / "policy" / "weights"
+        elsewhere: Future[dict[str, FileRecord]] = Future()
+        name = weights.with_name("shard") if size == 1 else weights
+        elsewhere.set_result({str(name.resolve()): FileRecord(2, 3)})
+
+        def start(folder: Path) -> Future[dict[str, FileRecord]]:
+            write(folder)
+            return elsewhere  # noqa: B023
+
+        with pytest.raises(InfrastructureError, match="file system that all nodes share"):
+            checkpoints.begin(state(2), start).result(60)
+    assert checkpoints.resume_from("auto") == tmp_path / "rl" / "global_step_1"
+
+
 def damage(checkpoint: Path, how: str) -> None:
     weights = checkpoint / "policy" / "weights"
     if how == "flipped":
@@ -164,6 +183,32 @@ def test_going_on_from_an_earlier_step_keeps_what_it_writes(tmp_path: Path) -> N
     assert checkpoints.latest() == tmp_path / "rl" / "global_step_5"
 
 
+def test_steps_of_a_future_that_was_left_are_kept_apart(tmp_path: Path) -> None:
+    """They neither count as kept ones nor are gone back to; who wants them back can name them."""
+    checkpoints, said = Checkpoints(tmp_path, keep_last_n=2), list[str]()
+    for step in (10, 17):
+        checkpoints.save(state(step), write)
+    first = tmp_path / "rl" / "global_step_10"
+    checkpoints.abandon_after(first, said.append)
+    assert checkpoints.latest() == first  # also if nothing is saved any more
+    assert said == [
+        "global_step_17 comes after global_step_10, where the run goes on: kept as "
+        "abandoned_step_17.1"
+    ]
+    checkpoints.save(state(17), write)
+    checkpoints.save(state(20), write)
+    assert [path.name for path in checkpoints.saved()] == ["global_step_17", "global_step_20"]
+    left = tmp_path / "rl" / "abandoned_step_17.1"
+    assert checkpoints.resume_from(str(left)) == left
+    checkpoints.abandon_after(left, said.append)
+    assert [path.name for path in checkpoints.saved()] == ["global_step_17"]
+    assert checkpoints.resume_from("auto") == left
+    elsewhere = Checkpoints(tmp_path / "other")
+    elsewhere.save(state(30), write)
+    elsewhere.abandon_after(left, said.append)  # another run's: nothing of ours is later
+    assert [path.name for path in elsewhere.saved()] == ["global_step_30"]
+
+
 def test_saving_a_step_twice_replaces_it(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state(4), write)
@@ -221,3 +266,10 @@ def test_the_first_interrupt_waits_the_second_does_not() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         passed = True
     assert not passed
+
+
+def test_an_interrupt_is_not_forgotten_when_the_block_fails() -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, interrupt_deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise InfrastructureError("the learner is lost")
+    assert str(caught.value.__context__) == "the learner is lost"

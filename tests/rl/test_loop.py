@@ -386,6 +386,16 @@ def test_interrupt_inside_an_update_keeps_the_last_checkpoint(tmp_path: Path) ->
     assert [p.name for p in Checkpoints(tmp_path).saved()] == ["global_step_2"]
 
 
+def test_a_learner_that_dies_in_the_last_save_does_not_undo_the_interrupt(tmp_path: Path) -> None:
+    cluster = FakeCluster(lose=["save"])
+    loop, monitor = make_loop(tmp_path, cluster, steps=9, eval_every=2)
+    monitor.interrupt_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    assert cluster.calls[-1] == "save" and "update 2" not in cluster.calls
+    assert "step 2 was not saved" in monitor.said[-1]
+
+
 def test_every_wait_has_an_end(tmp_path: Path) -> None:
     loop, _ = make_loop(tmp_path, FakeCluster(hangs=True), timeout_s=0.05)
     with pytest.raises(InfrastructureError, match=r"rollouts of step 0.*timeout_s=0\.05"):

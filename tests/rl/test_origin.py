@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,14 @@ def test_scored_batches_are_of_the_same_run_or_not(
     changed = json.loads(json.dumps(CONFIG))
     changed.setdefault(section, {}).update(values)
     assert Origin.of(changed, load_outline(model), PROBLEMS).takes_up(checkpoint) is taken_up
+
+
+def test_scored_batches_are_of_the_problems_as_they_were(model: Path, checkpoint: Path) -> None:
+    """The same names and settings, but somebody has edited the file of the data."""
+    edited = [replace(PROBLEMS[0], prompt="another"), *PROBLEMS[1:]]
+    outline = load_outline(model)
+    assert Origin.of(CONFIG, outline, PROBLEMS).takes_up(checkpoint)
+    assert not Origin.of(CONFIG, outline, edited).takes_up(checkpoint)
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}", '{"folder": "x"}', "[]"])

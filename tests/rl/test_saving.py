@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from common.errors import InfrastructureError
+from common.errors import InfrastructureError, UserError
 from common.records import Completion, Group, Problem, Rollout, Score, Scored
 from rl.checkpoint import Checkpoints, RunState, read_state
 from rl.inflight import Flight, read_batches
@@ -82,3 +82,47 @@ def test_a_worker_that_dies_while_it_writes_costs_the_save(tmp_path: Path) -> No
     assert saver.newest == tmp_path / "before"
     assert notebook.records[-1] == (4, {"checkpoint/failed": 1.0})
     assert "learner-0 died" in notebook.said[0]
+
+
+def test_a_lost_learner_does_not_go_back_to_what_was_damaged_since(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "weights").write_text("w")
+
+    notebook = Notebook()
+    saver = Saver(Checkpoints(tmp_path), write, notebook)
+    for step in (2, 4):
+        saver.save(RunState(step, step, 7), [])
+    saver.finish()
+    first, second = (tmp_path / "rl" / f"global_step_{step}" for step in (2, 4))
+    (second / "weights").write_text("x")
+    assert saver.newest == second
+    assert saver.go_on(lost=True) == first == saver.newest
+    assert "global_step_4 is damaged (weights: its checksum differs)" in notebook.said[0]
+    assert Checkpoints(tmp_path).latest() == first
+    (first / "weights").write_text("x")
+    with pytest.raises(UserError, match="no earlier checkpoint is sound"):
+        saver.go_on(lost=True)
+
+
+def test_an_interrupt_while_waiting_for_a_save_leaves_it_under_way(tmp_path: Path) -> None:
+    class Interrupted(Future[Any]):
+        waits = 0
+
+        def result(self, timeout: float | None = None) -> Any:
+            self.waits += 1
+            if self.waits == 1:
+                raise KeyboardInterrupt
+            return super().result(timeout)
+
+    notebook = Notebook()
+    saver = Saver(Checkpoints(tmp_path), lambda folder: None, notebook)
+    saver.save(RunState(4, 5, 7), [])
+    assert saver._under_way is not None
+    step, began, future = saver._under_way
+    path, interrupted = future.result(60), Interrupted()
+    interrupted.set_result(path)
+    saver._under_way = step, began, interrupted
+    with pytest.raises(KeyboardInterrupt):
+        saver.finish(must=True)
+    saver.finish(must=True)  # what the handler does
+    assert saver.newest == path and interrupted.waits == 2
