@@ -264,8 +264,11 @@ def test_a_process_needs_what_the_plan_says(kind: str, stage: int) -> None:
 @pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 2)])
 def test_adapters_need_what_the_plan_says(kind: str, stage: int) -> None:
     """The model once, and gradients and moments of adapters only: a quarter of all weights'."""
-    # On a busy machine a thread's heap or a late import can add to one of the runs.
-    found = min((measured(kind, stage, RANK) for _ in range(3)), key=lambda one: one["kept"])
+    # On a busy machine a thread's heap or a late import can add to one of the runs, or to what it
+    # is compared with: each bound is held by the run that is furthest on its side.
+    runs = [measured(kind, stage, RANK) for _ in range(3)]
+    kept_bytes = min(one["kept"] for one in runs)
+    peaks = [one["peak"] for one in runs]
     shape = measured_shape()
     adapters = shape.adapters(LoraConfig(rank=RANK))
     engine = EngineConfig(kind=kind, zero_stage=stage)  # type: ignore[arg-type]
@@ -273,11 +276,11 @@ def test_adapters_need_what_the_plan_says(kind: str, stage: int) -> None:
     kept = sum(part.bytes for part in parts)
     assert kept < 0.4 * 16 * shape.parameters
     weights = WEIGHT * shape.parameters  # of one model: what a wrong plan would miss at least
-    assert found["kept"] == pytest.approx(kept, abs=0.4 * weights)
+    assert kept_bytes == pytest.approx(kept, abs=0.4 * weights)
     passes = activation_bytes(shape, EngineConfig(), ROWS, LENGTH, dense=True)
     passes += head_bytes(shape, WEIGHT, ROWS * LENGTH, gpu=False, frozen=True)
     promised = kept + max(passes, stepping.bytes)
-    assert promised - weights < found["peak"] < promised
+    assert promised - weights < max(peaks) and min(peaks) < promised
 
 
 def measured_shape() -> Shape:
