@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ _STEP = re.compile(r"(?:global|abandoned)_step_(\d+)(?:\.\d+)?")
 # are on disk, and holds their records by absolute path, so that nobody has to read them again.
 Write = Callable[[Path], Future[dict[str, FileRecord]] | None]
 WRITE_TIMEOUT_S = 24 * 3600.0
+# A network file system may show what another node has written a little later.
+VISIBLE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -329,14 +332,24 @@ def _step_of(path: Path) -> int:
 
 def _check_shared(folder: Path, known: Mapping[str, FileRecord]) -> None:
     """What ranks of other nodes say that they have written must be here as well."""
+    deadline = time.monotonic() + VISIBLE_S
+    while (difference := _difference(folder, known)) is not None:
+        if time.monotonic() > deadline:
+            raise InfrastructureError(
+                f"{difference}, though a rank has written it: run.folder must be on a file system "
+                "that all nodes share"
+            )
+        time.sleep(VISIBLE_S / 60)
+
+
+def _difference(folder: Path, known: Mapping[str, FileRecord]) -> str | None:
     for name, record in known.items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
         if size != record.size:
             there = "is not here" if size is None else f"has {size} bytes here, not {record.size}"
-            raise InfrastructureError(
-                f"{name} {there}, though a rank has written it: run.folder must be on a file "
-                "system that all nodes share"
-            )
+            return f"{name} {there}"
+    return None
 
 
 def _replace_folder(temporary: Path, final: Path) -> None:

@@ -98,8 +98,11 @@ def test_the_pointer_moves_only_when_all_is_written(tmp_path: Path) -> None:
     assert find_damage(tmp_path / "rl" / "global_step_2") is None
 
 
-def test_files_that_only_another_node_has_are_no_checkpoint(tmp_path: Path) -> None:
+def test_files_that_only_another_node_has_are_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rank's own disk in the place of one that all share: found out when it is saved."""
+    monkeypatch.setattr("rl.checkpoint.VISIBLE_S", 0.3)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state(1), write)
     for size in (1, 2):  # missing here, or another file here
@@ -115,6 +118,21 @@ def test_files_that_only_another_node_has_are_no_checkpoint(tmp_path: Path) -> N
         with pytest.raises(InfrastructureError, match="file system that all nodes share"):
             checkpoints.begin(state(2), start).result(60)
     assert checkpoints.resume_from("auto") == tmp_path / "rl" / "global_step_1"
+
+
+def test_files_that_are_seen_late_are_waited_for(tmp_path: Path) -> None:
+    written: Future[dict[str, FileRecord]] = Future()
+
+    def start(folder: Path) -> Future[dict[str, FileRecord]]:
+        return written
+
+    future = Checkpoints(tmp_path).begin(state(1), start)
+    late = tmp_path / "rl" / ".global_step_1.tmp" / "shard"
+    written.set_result({str(late.resolve()): FileRecord(2, 0)})
+    with pytest.raises(TimeoutError):
+        future.result(0.7)
+    late.write_text("xx")
+    assert future.result(60) == tmp_path / "rl" / "global_step_1"
 
 
 def damage(checkpoint: Path, how: str) -> None:
