@@ -1,6 +1,6 @@
 """What running ahead buys and costs: step time and pass@1 at max_staleness 1 and 2 beside 0.
 
-`python benchmarks/async.py [--json] [--cases simulated,demo] [--steps 150] [--seeds 0,1,2]`
+`python benchmarks/async.py [--json] [--cases simulated,demo] [--steps 190] [--seeds 0,1,2]`
 
 simulated: the main loop and its threads as they are, with sleeps instead of rollouts, scoring,
     updates and weights: roles that share no core. `over_bound` compares with the slowest role.
