@@ -253,4 +253,5 @@ def end_last_line(path: Path) -> None:
     if not path.is_file():
         return
     content = path.read_bytes()
-    os.truncate(path, content.rfind(b"\n") + 1)
+    if content and not content.endswith(b"\n"):  # else a line that comes just now would be cut
+        os.truncate(path, content.rfind(b"\n") + 1)
