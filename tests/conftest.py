@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,12 @@ def write_checkpoint() -> Callable[..., Path]:
         logit_shift: bool = False,
         attention: Any = "block_causal",
         block_size: int | None = 4,
+        words: Sequence[str] = ("def f(x):\n    return x + 1\n",) * 3,
+        vocab_size: int = 262,
+        seed: int = 0,
         **changes: Any,
     ) -> Path:
-        tokenizer = train_tokenizer(["def f(x):\n    return x + 1\n"] * 3, vocab_size=262)
+        tokenizer = train_tokenizer(words, vocab_size=vocab_size)
         architecture = {
             "model_type": "qwen2",
             "vocab_size": len(tokenizer),
@@ -124,7 +127,7 @@ def write_checkpoint() -> Callable[..., Path]:
             attention=attention,
             block_size=block_size,
         )
-        save_checkpoint(folder, new_model(architecture | changes, seed=0), tokenizer, spec)
+        save_checkpoint(folder, new_model(architecture | changes, seed=seed), tokenizer, spec)
         return folder
 
     return write

@@ -11,9 +11,6 @@ import pytest
 from pydantic import TypeAdapter
 
 from common.records import Completion, Group, Problem, Rollout, Score
-from models.checkpoint import new_model, save_checkpoint
-from models.spec import DiffusionSpec
-from models.tokenizer import train_tokenizer
 from rl.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,30 +18,21 @@ WORDS = [f"def f{i}(a, b):\n    return a + b * {i}\n" for i in range(20)]
 
 
 @pytest.fixture(scope="session")
-def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint_folder(
+    tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Callable[..., Path]
+) -> Path:
     """A 2-layer Qwen2 of width 32 with random weights: it decodes noise, deterministically."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_tokenizer(WORDS, vocab_size=300)
-    architecture = {
-        "model_type": "qwen2",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "tie_word_embeddings": True,
-        "eos_token_id": tokenizer.eos_token_id,
-        "initializer_range": 0.2,
-    }
-    spec = DiffusionSpec(
-        mask_token_id=int(tokenizer.mask_token_id),
+    return write_checkpoint(
+        tmp_path_factory.mktemp("checkpoint"),
         logit_shift=True,
-        attention="block_causal",
-        block_size=4,
+        words=WORDS,
+        vocab_size=300,
+        seed=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
     )
-    save_checkpoint(folder, new_model(architecture, seed=1), tokenizer, spec)
-    return folder
 
 
 @pytest.fixture
